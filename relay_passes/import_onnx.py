@@ -1,0 +1,125 @@
+"""From ONNX to Relax, with every convolution named after its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import onnx_frontend
+
+CONV_OP = tvm.ir.Op.get("relax.nn.conv2d")
+
+
+class _Clip(onnx_frontend.Clip):
+    """Imports constant bounds as ``maximum`` and ``minimum``, which passes can match and carry a layout through.
+
+    TVM emits opaque functions, and its layout conversion stops at ``relax.clip``.
+    """
+
+    @classmethod
+    def _impl_v1(cls, bb, inputs, attr, params):
+        return _clip(bb, inputs[0], attr.get("min"), attr.get("max"))
+
+    @classmethod
+    def _impl_v13(cls, bb, inputs, attr, params):
+        bounds = [inputs[1], inputs[2]]
+        if not all(bound is None or isinstance(bound, tvm.ir.GenericConst) for bound in bounds):
+            return super()._impl_v13(bb, inputs, attr, params)
+        return _clip(bb, inputs[0], *(None if bound is None else bound.value.numpy().item() for bound in bounds))
+
+
+def _clip(bb: relax.BlockBuilder, x: relax.Expr, low: float | None, high: float | None) -> relax.Expr:
+    """Clip to bounds; None and, as in ONNX Runtime, NaN are no bound."""
+    for bound, op in ((low, relax.op.maximum), (high, relax.op.minimum)):
+        if bound is not None and not np.isnan(bound):
+            x = bb.normalize(op(x, relax.const(bound, str(x.ty.dtype))))
+    return x
+
+
+def _elementwise(base: type, op) -> type:
+    """A converter for ONNX ``Max`` or ``Min`` by a binary operator; TVM's stacks its inputs first."""
+
+    class Converter(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def _impl_v1(cls, bb, inputs, attr, params):
+            result = inputs[0]
+            for other in inputs[1:]:
+                result = bb.normalize(op(result, other))
+            return result
+
+        _impl_v6 = _impl_v8 = _impl_v12 = _impl_v13 = _impl_v1
+
+    return Converter
+
+
+@contextmanager
+def _our_converters() -> Iterator[None]:
+    ours = {
+        "Clip": _Clip,
+        "Max": _elementwise(onnx_frontend.Max, relax.op.maximum),
+        "Min": _elementwise(onnx_frontend.Min, relax.op.minimum),
+    }
+    theirs = {name: getattr(onnx_frontend, name) for name in ours}
+    vars(onnx_frontend).update(ours)
+    try:
+        yield
+    finally:
+        vars(onnx_frontend).update(theirs)
+
+
+def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModule:
+    """Import a checked, static ONNX model.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Every input has a static shape.
+    conv_names : sequence of str
+        A name for each two-dimensional ``Conv`` node, in graph order.
+
+    Returns
+    -------
+    tvm.IRModule
+        ``main`` takes the model's inputs in order.  The variable that holds a convolution's result
+        is called after its name (`conv_name` reads it); passes keep variables' names.
+    """
+    with _our_converters():
+        mod = onnx_frontend.from_onnx(model)
+    main = mod["main"]
+    convs = [b.var for block in main.body.blocks for b in block.bindings if is_conv2d(b.value)]
+    if len(convs) == len(conv_names):
+        mod["main"] = _Renamer(dict(zip(convs, conv_names, strict=True))).visit_expr(main)
+    return mod
+
+
+def is_conv2d(value: relax.Expr) -> bool:
+    """Whether a bound expression is a two-dimensional convolution."""
+    return isinstance(value, relax.Call) and value.op == CONV_OP
+
+
+def conv_name(var: relax.Var) -> str:
+    """The layer's name that `import_onnx` gave to a convolution's variable; else the variable's own."""
+    hint = str(var.name)
+    parts = hint.split("@")
+    return parts[1] if len(parts) == 3 and parts[0] == "conv" else hint
+
+
+@relax.expr_functor.mutator
+class _Renamer(relax.PyExprMutator):
+    def __init__(self, names: dict[relax.Var, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        if binding.var not in self.names:
+            super().visit_var_binding_(binding)
+            return
+        name = f"conv@{self.names[binding.var]}@"
+        value = self.visit_expr(binding.value)
+        new = type(binding.var)(name, binding.var.ty)
+        self.builder_.emit_normalized(relax.VarBinding(new, value))
+        self.set_var_remap(binding.var, new)

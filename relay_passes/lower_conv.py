@@ -1,0 +1,117 @@
+"""From outlined convolutions to kernels: the analytical model chooses, the schedules build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tdc_tvm.relay_passes.graph import Graph
+from tdc_tvm.relay_passes.layers import LayerReport, add_layers
+from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
+from tdc_tvm.schedules import backend
+from tdc_tvm.schedules.device import DeviceSpec
+from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
+
+_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class ConvOp:
+    """An outlined convolution, read back: all that a schedule needs to know.
+
+    ``inputs`` are the positions of the activations, and of the residual if there is one, among the
+    function's parameters; both may be the same.
+    """
+
+    name: str
+    shape: ConvShape
+    epilogue: Epilogue
+    weights: tuple[ConvWeights, ...]
+    inputs: tuple[int, ...]
+    data_layout: str
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerConv")
+@dataclass
+class LowerConv:
+    """Replace calls of outlined convolutions by ``call_tir`` of kernels scheduled for ``device``."""
+
+    device: DeviceSpec
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        lowerer = _Lowerer(mod, self.device)
+        main = lowerer.visit_expr(mod["main"])
+        lowerer.builder_.update_func(mod.get_global_var("main"), main)
+        mod = relax.transform.DeadCodeElimination()(lowerer.builder_.get())
+        return add_layers(mod, lowerer.layers)
+
+
+def read_conv(function: relax.Function) -> ConvOp:
+    """Read an outlined convolution."""
+    graph = Graph.of(function)
+    convs = list(graph.convs.values())
+    tails = [*(graph.biased(conv) for conv in convs[:-1]), graph.tail(convs[-1])]
+    weights = tuple(ConvWeights(conv.kernel, tail.bias) for conv, tail in zip(convs, tails, strict=True))
+    shape: ConvShape = convs[0].shape
+    if function.attrs[KIND_ATTR] == TUCKER_CONV:
+        first, core, last = (conv.shape for conv in convs)
+        dense = Conv2dShape(
+            first.batch, first.height, first.width, first.in_channels, last.out_channels,
+            core.kernel, core.stride, core.padding, core.dilation,
+        )  # fmt: skip
+        shape = TuckerConvShape(dense, core.in_channels, core.out_channels)
+    layout = str(convs[0].call.attrs.data_layout)
+    operands = [convs[0].data, *([tails[-1].residual] if tails[-1].residual is not None else [])]
+    inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
+    return ConvOp(str(function.attrs[NAME_ATTR]), shape, tails[-1].epilogue, weights, inputs, layout)
+
+
+@relax.expr_functor.mutator
+class _Lowerer(relax.PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, device: DeviceSpec) -> None:
+        super().__init__(mod)
+        self.mod = mod
+        self.device = device
+        self.layers: list[LayerReport] = []
+        self.choices: dict[ConvShape, tuple[KernelConfig, float]] = {}
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        function = self.mod[call.op] if isinstance(call.op, tvm.ir.GlobalVar) else None
+        if not isinstance(function, relax.Function) or KIND_ATTR not in (function.attrs or {}):
+            return call
+        op = read_conv(function)
+        schedules = backend(self.device)
+        if op.shape not in self.choices:
+            config, estimate = schedules.choose(op.shape, self.device)
+            self.choices[op.shape] = config, estimate.latency_us
+        config, latency_us = self.choices[op.shape]
+        kernel = schedules.make_kernel(op.shape, op.epilogue, op.weights, config, self.device, op.name)
+        self.layers.append(_report(op, config, latency_us))
+        callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
+        operands = (call.args[i] for i in op.inputs)
+        x, *residual = (self._permuted(arg, _TO_NHWC) if op.data_layout == "NCHW" else arg for arg in operands)
+        constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
+        dense = op.shape.dense if isinstance(op.shape, TuckerConvShape) else op.shape
+        out = relax.TensorType((dense.batch, dense.out_height, dense.out_width, dense.out_channels), "float32")
+        result = relax.call_tir(callee, relax.Tuple([x, *constants, *residual]), out)
+        return self._permuted(result, _TO_NCHW) if op.data_layout == "NCHW" else result
+
+    def _permuted(self, value: relax.Expr, axes: tuple[int, ...]) -> relax.Var:
+        return self.builder_.emit(relax.op.permute_dims(self.builder_.normalize(value), axes))
+
+
+def _report(op: ConvOp, config: KernelConfig, latency_us: float) -> LayerReport:
+    if isinstance(op.shape, TuckerConvShape):
+        ranks = (op.shape.rank_in, op.shape.rank_out)
+        return LayerReport(
+            op.name, "tucker_conv", str(op.shape.dense), ranks, True, "", config.strategy, str(config), latency_us
+        )
+    return LayerReport(
+        op.name, "conv2d", str(op.shape), None, False, "not a Tucker layer", config.strategy, str(config), latency_us
+    )

@@ -1,0 +1,69 @@
+"""The one ordered list of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tvm
+from tvm import relax
+from tvm.target import Target
+
+from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
+from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
+from tdc_tvm.relay_passes.lower_conv import LowerConv
+from tdc_tvm.schedules.device import DeviceSpec
+
+
+@tvm.transform.module_pass(opt_level=0, name="ConvertToNhwc")
+def convert_to_nhwc(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+    """Put channels last everywhere; where TVM's conversion fails, layers convert at their own borders."""
+    try:
+        mod = relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OIHW"]})(mod)
+    except tvm.error.InternalError:
+        # TVM 0.27 aborts on operators that change the rank (stack, for one) of a converted value.
+        return mod
+    return tvm.transform.Sequential(
+        [
+            relax.transform.FoldConstant(),
+            relax.transform.EliminateCommonSubexpr(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )(mod)
+
+
+def graph_passes(device: DeviceSpec, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
+    """From an imported model to kernels for every convolution, high-level operators around them."""
+    return [
+        # Canonical form: constants evaluated, inference-time operators, channels last.
+        relax.transform.FoldConstant(),
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.FoldConstant(),
+        convert_to_nhwc,
+        # Our operators.
+        FuseTuckerConv(layer_names),
+        FuseConv2d(),
+        LowerConv(device),
+    ]
+
+
+def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
+    """From kernels and high-level operators to scheduled functions and a planned executable."""
+    if target.kind.name == "cuda":
+        from tvm.relax.backend.cuda import pipeline
+
+        # ends with dlight's schedules for every function that has none yet
+        schedule: list[tvm.transform.Pass] = []
+    else:
+        from tvm.relax.backend.cpu_generic import pipeline
+
+        from tdc_tvm.schedules.cpu.generic import ScheduleGenericCpu
+
+        schedule = [ScheduleGenericCpu()]
+    return [
+        *pipeline.library_dispatch_passes(target),
+        *pipeline.legalize_passes(target),
+        *schedule,
+        *pipeline.dataflow_lower_passes(target),
+        *pipeline.finalize_passes(target),
+    ]

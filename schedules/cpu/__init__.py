@@ -1,0 +1,1 @@
+"""Schedules for CPUs: convolutions of our own, and one pass for everything else."""

@@ -1,0 +1,1 @@
+"""TensorIR schedules for NVIDIA GPUs."""

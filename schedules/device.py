@@ -1,0 +1,144 @@
+"""Hardware as values: every number that a schedule or the model may know about a machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+
+import tvm
+from tvm.target import Target
+
+from tdc_tvm.errors import TdcError
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One CPU or GPU.
+
+    Parameters
+    ----------
+    name : str
+        What people call it.
+    kind : str
+        ``"cpu"`` or ``"cuda"``.
+    arch : str
+        ``"sm_90"`` for a GPU, LLVM's processor name for a CPU.
+    core_count : int
+        Streaming multiprocessors, or CPU cores.
+    fp32_flops_per_s : float
+        Peak FP32 rate of the whole device without tensor cores, a fused multiply-add counted as two.
+    dram_bytes_per_s : float
+        Peak memory bandwidth.
+    l2_bytes : int
+        L2 cache: of the chip (GPU), of one core (CPU).
+    smem_per_block_bytes, smem_per_block_optin_bytes : int
+        Shared memory of a block without and with the opt-in attribute; 0 on a CPU.
+    vector_bytes : int
+        Width of a SIMD register; 0 on a GPU.
+    launch_us : float
+        Cost of starting one kernel (GPU) or one parallel region (CPU).
+    source : str
+        Where the numbers come from.
+    """
+
+    name: str
+    kind: str
+    arch: str
+    core_count: int
+    fp32_flops_per_s: float
+    dram_bytes_per_s: float
+    l2_bytes: int
+    smem_per_block_bytes: int
+    smem_per_block_optin_bytes: int
+    vector_bytes: int
+    launch_us: float
+    source: str
+
+    @staticmethod
+    def from_target(target: Target, threads: int | None = None) -> DeviceSpec:
+        """The device that a TVM target stands for.
+
+        Parameters
+        ----------
+        target : tvm.target.Target
+            An ``llvm`` or ``cuda`` target.  A bare GPU architecture such as ``sm_90`` stands for
+            the datacentre GPU that has it.
+        threads : int, optional
+            CPU threads to plan for; the machine's cores by default.
+
+        Raises
+        ------
+        TdcError
+            If the kind or the GPU architecture is not in the table.
+        """
+        kind = target.kind.name
+        if kind == "llvm":
+            return _cpu(str(target.attrs.get("mcpu", "generic")), threads or os.cpu_count() or 1)
+        if kind == "cuda":
+            arch = str(target.attrs["arch"])
+            for spec in GPUS.values():
+                if arch.rstrip("a") == spec.arch:
+                    return replace(spec, arch=arch)
+            known = ", ".join(sorted({spec.arch for spec in GPUS.values()}))
+            raise TdcError(f"no device data for GPU architecture {arch}; known: {known}")
+        raise TdcError(f"target kind {kind!r} is not supported; use 'llvm' or 'cuda'")
+
+
+def _gpu(
+    name: str, arch: str, sms: int, tflops: float, gbs: float, l2_mb: float, optin_kb: int, source: str
+) -> DeviceSpec:
+    """One GPU from datasheet figures; ``launch_us`` is a kernel inside a CUDA graph, measured on an H100."""
+    return DeviceSpec(
+        name,
+        "cuda",
+        arch,
+        sms,
+        tflops * 1e12,
+        gbs * 1e9,
+        int(l2_mb * 2**20),
+        48 * 1024,
+        optin_kb * 1024,
+        0,
+        1.2,
+        source,
+    )
+
+
+# Opt-in shared memory per block: CUDA C++ Programming Guide, table of technical specifications.
+# The order matters: the first entry of an architecture stands for it when only the architecture is known.
+GPUS = {
+    spec.name: spec
+    for spec in (
+        _gpu("H100", "sm_90", 132, 66.9, 3350, 50, 227, "NVIDIA H100 SXM5 80GB datasheet"),
+        _gpu("H200", "sm_90", 132, 66.9, 4800, 50, 227, "NVIDIA H200 SXM 141GB datasheet"),
+        _gpu("A100", "sm_80", 108, 19.5, 2039, 40, 163, "NVIDIA A100 SXM 80GB datasheet"),
+        _gpu("RTX 3090", "sm_86", 82, 35.6, 936, 6, 99, "NVIDIA Ampere GA102 whitepaper"),
+        _gpu("RTX 4090", "sm_89", 128, 82.6, 1008, 72, 99, "NVIDIA Ada GPU architecture whitepaper"),
+        _gpu("L4", "sm_89", 58, 30.3, 300, 48, 99, "NVIDIA L4 datasheet"),
+        _gpu("RTX 2080 Ti", "sm_75", 68, 13.4, 616, 5.5, 64, "NVIDIA Turing TU102 whitepaper"),
+    )
+}
+
+
+@functools.cache
+def _cpu(mcpu: str, threads: int) -> DeviceSpec:
+    """A CPU: vector width from LLVM's feature list; the rest typical of a server core at 2.5 GHz."""
+    features = set(tvm.target.codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu})))
+    vector_bytes = 64 if "avx512f" in features else 32 if "avx2" in features else 16
+    fma_units = 2
+    flops = threads * 2.5e9 * fma_units * 2 * vector_bytes / 4
+    return DeviceSpec(
+        f"{mcpu} x {threads}",
+        "cpu",
+        mcpu,
+        threads,
+        flops,
+        10e9 * threads,
+        2**20,
+        0,
+        0,
+        vector_bytes,
+        3.0,
+        "vector width from LLVM's feature list; clock, bandwidth and cache typical, not measured",
+    )

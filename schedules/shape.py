@@ -1,0 +1,185 @@
+"""Convolutions as values: what a kernel computes, free of graphs, weights and schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdc_tvm.errors import TdcError
+
+
+@dataclass(frozen=True, order=True)
+class Conv2dShape:
+    """A 2-D convolution on NHWC activations.
+
+    Parameters
+    ----------
+    batch, height, width, in_channels : int
+        Extents of the input, ``(batch, height, width, in_channels)``.
+    out_channels : int
+        Channels of the output.
+    kernel, stride, dilation : tuple[int, int]
+        Height and width of the window, its step, and the distance between its taps.
+    padding : tuple[int, int, int, int]
+        Zeros added at the top, left, bottom and right (ONNX's ``pads`` order).
+    groups : int
+        Channel groups; 1 is a dense convolution.
+
+    Raises
+    ------
+    TdcError
+        If an extent is not positive, the channels do not divide by the groups, or the window is
+        larger than the padded input.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        positive = (
+            self.batch,
+            self.height,
+            self.width,
+            self.in_channels,
+            self.out_channels,
+            self.groups,
+            *self.kernel,
+            *self.stride,
+            *self.dilation,
+        )
+        if min(positive) < 1 or min(self.padding) < 0:
+            raise TdcError(f"impossible convolution {self}: extents must be positive and padding not negative")
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise TdcError(
+                f"impossible convolution: {self.in_channels} -> {self.out_channels} channels "
+                f"do not divide into {self.groups} groups"
+            )
+        if self.out_height < 1 or self.out_width < 1:
+            raise TdcError(
+                f"impossible convolution: a {self.kernel} window with dilation {self.dilation} does not fit "
+                f"into {self.height}x{self.width} with padding {self.padding}"
+            )
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        window = self.dilation[0] * (self.kernel[0] - 1) + 1
+        return (self.height + self.padding[0] + self.padding[2] - window) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        window = self.dilation[1] * (self.kernel[1] - 1) + 1
+        return (self.width + self.padding[1] + self.padding[3] - window) // self.stride[1] + 1
+
+    @property
+    def out_pixels(self) -> int:
+        """Output positions, batch included."""
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of the kernel, biases not counted."""
+        return self.out_channels * self.in_channels // self.groups * self.kernel[0] * self.kernel[1]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds, padding counted as if it were data."""
+        return self.out_pixels * self.weight_count
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether this is a plain 1x1: stride 1, no padding, no groups."""
+        return self.kernel == self.stride == (1, 1) and not any(self.padding) and self.groups == 1
+
+    def __str__(self) -> str:
+        text = f"{self.batch}x{self.height}x{self.width}x{self.in_channels} -> {self.out_channels}"
+        text += f", {self.kernel[0]}x{self.kernel[1]}"
+        if self.stride != (1, 1):
+            text += f"/{self.stride[0]}" if self.stride[0] == self.stride[1] else f"/{self.stride[0]}x{self.stride[1]}"
+        if self.dilation != (1, 1):
+            text += f" dilation {self.dilation[0]}x{self.dilation[1]}"
+        if self.groups > 1:
+            text += f" groups {self.groups}"
+        return text
+
+
+@dataclass(frozen=True, order=True)
+class TuckerConvShape:
+    """A Tucker-2 convolution: 1x1 to ``rank_in``, a dense core to ``rank_out``, 1x1 to the output channels.
+
+    Source: TDC (Xiang et al., PPoPP 2023), section 2: ``conv(K)`` becomes ``conv1x1(C -> D1)``,
+    ``conv RxS (D1 -> D2)``, which carries stride, padding and dilation, and ``conv1x1(D2 -> N)``.
+
+    Parameters
+    ----------
+    dense : Conv2dShape
+        The convolution that the three stages stand for; its groups must be 1.
+    rank_in, rank_out : int
+        D1 and D2, the channels before and after the core.
+    """
+
+    dense: Conv2dShape
+    rank_in: int
+    rank_out: int
+
+    def __post_init__(self) -> None:
+        if self.dense.groups != 1:
+            raise TdcError(f"a Tucker convolution has no groups; found {self.dense.groups}")
+        if min(self.rank_in, self.rank_out) < 1:
+            raise TdcError(f"impossible Tucker ranks ({self.rank_in}, {self.rank_out}): they must be at least 1")
+
+    @property
+    def stages(self) -> tuple[Conv2dShape, Conv2dShape, Conv2dShape]:
+        """The reducing 1x1, the core and the expanding 1x1."""
+        d = self.dense
+        reduce = Conv2dShape(d.batch, d.height, d.width, d.in_channels, self.rank_in)
+        core = Conv2dShape(
+            d.batch, d.height, d.width, self.rank_in, self.rank_out, d.kernel, d.stride, d.padding, d.dilation
+        )
+        expand = Conv2dShape(d.batch, d.out_height, d.out_width, self.rank_out, d.out_channels)
+        return reduce, core, expand
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of the three factors."""
+        return sum(stage.weight_count for stage in self.stages)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the three stages, halo recomputation not counted."""
+        return sum(stage.macs for stage in self.stages)
+
+    def __str__(self) -> str:
+        return f"{self.dense} at ranks ({self.rank_in}, {self.rank_out})"
+
+
+ConvShape = Conv2dShape | TuckerConvShape
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is done to a convolution's output before it is stored: add the residual, then clip.
+
+    ReLU is ``clip_min=0``, ReLU6 is ``clip_min=0, clip_max=6``.  The bias is part of the
+    convolution itself.
+    """
+
+    residual: bool = False
+    clip_min: float | None = None
+    clip_max: float | None = None
+
+    def __str__(self) -> str:
+        parts = ["add"] if self.residual else []
+        if self.clip_min == 0 and self.clip_max is None:
+            parts.append("relu")
+        elif self.clip_min is not None or self.clip_max is not None:
+            parts.append(f"clip[{self.clip_min}, {self.clip_max}]")
+        return "+".join(parts) or "none"

@@ -1,0 +1,281 @@
+"""Check the CUDA schedules' numbers on a GPU, against float64 NumPy.
+
+The halves can run on different machines::
+
+    python scripts/gpu_check.py build OUTDIR --arch sm_90    # no GPU needed
+    python scripts/gpu_check.py run OUTDIR                   # NumPy and TVM's runtime are enough
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tdc_tvm.schedules.kernel import ConvWeights
+    from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
+
+BATCH = 32
+RANDOM_CASES = 60
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution with what follows it, and which stages have a bias."""
+
+    shape: ConvShape
+    epilogue: Epilogue
+    biases: tuple[bool, ...]
+
+    @property
+    def stages(self) -> tuple[Conv2dShape, ...]:
+        """The convolutions it consists of."""
+        return getattr(self.shape, "stages", None) or (self.shape,)
+
+    @property
+    def depth(self) -> int:
+        """Length of the longest chain of additions behind one output."""
+        return sum(stage.weight_count // stage.out_channels for stage in self.stages)
+
+    def __str__(self) -> str:
+        return f"{self.shape}, biases {self.biases}, epilogue {self.epilogue}"
+
+
+def table_cases() -> list[Case]:
+    """One case for each thing that has gone wrong in convolutions before."""
+    from tdc_tvm.schedules.shape import Conv2dShape as Conv
+    from tdc_tvm.schedules.shape import Epilogue, TuckerConvShape
+
+    none, relu, all_of_it = Epilogue(), Epilogue(clip_min=0.0), Epilogue(True, 0.0, 6.0)
+    same = (1, 1, 1, 1)
+    direct = [
+        (Conv(1, 56, 56, 64, 64, (3, 3), padding=same), relu),
+        (Conv(1, 30, 30, 3, 64, (7, 7), (2, 2), (3, 3, 3, 3)), relu),
+        (Conv(1, 14, 14, 64, 128, (1, 1), (2, 2)), none),
+        (Conv(2, 7, 7, 130, 34), all_of_it),
+        (Conv(1, 9, 8, 6, 6, (3, 3), padding=same, groups=6), relu),
+        (Conv(1, 9, 8, 4, 12, (3, 3), padding=same, groups=4), none),
+        (Conv(1, 11, 10, 24, 40, (3, 3), padding=same, groups=8), all_of_it),
+        (Conv(1, 12, 9, 5, 7, (3, 2), (2, 3), (0, 1, 2, 1), (2, 1)), none),
+        (Conv(1, 1, 1, 33, 1), none),
+    ]
+    tucker = [
+        (TuckerConvShape(Conv(1, 56, 56, 64, 64, (3, 3), padding=same), 32, 32), relu),
+        (TuckerConvShape(Conv(1, 14, 14, 256, 256, (3, 3), padding=same), 128, 96), all_of_it),
+        (TuckerConvShape(Conv(1, 7, 7, 512, 512, (3, 3), padding=same), 192, 160), relu),
+        (TuckerConvShape(Conv(1, 28, 28, 64, 128, (3, 3), (2, 2), same), 33, 17), none),
+        (TuckerConvShape(Conv(3, 9, 7, 5, 3, (3, 2), (1, 2), (2, 0, 1, 1), (1, 2)), 6, 10), all_of_it),
+        (TuckerConvShape(Conv(1, 12, 12, 16, 16, (7, 7), padding=(3, 3, 3, 3)), 1300, 8), none),
+        (TuckerConvShape(Conv(1, 1, 1, 1, 1), 1, 1), none),
+    ]
+    return [Case(shape, epilogue, (True,)) for shape, epilogue in direct] + [
+        Case(shape, epilogue, (True, True, True)) for shape, epilogue in tucker
+    ]
+
+
+def random_cases(count: int = RANDOM_CASES, seed: int = 0, largest: int = 24) -> list[Case]:
+    """Reproducible random cases of both operators, extents and channels up to about ``largest``."""
+    from tdc_tvm.errors import TdcError
+    from tdc_tvm.schedules.shape import Conv2dShape, Epilogue, TuckerConvShape
+
+    rng = np.random.default_rng(seed)
+
+    def draw(*values: int) -> int:
+        return int(rng.choice(values))
+
+    def up_to(limit: int) -> int:
+        return int(rng.integers(1, limit + 1))
+
+    cases: list[Case] = []
+    while len(cases) < count:
+        tucker = len(cases) % 2 == 1
+        groups = 1 if tucker else draw(1, 1, 1, 2, 5)
+        channels = groups * up_to(2 * largest), groups * up_to(2 * largest)
+        if not tucker and draw(0, 0, 0, 1):
+            groups = up_to(2 * largest)
+            channels = groups, groups * draw(1, 2)
+        try:
+            shape: ConvShape = Conv2dShape(
+                draw(1, 1, 2, 3),
+                up_to(largest),
+                up_to(largest),
+                *channels,
+                kernel=(draw(1, 2, 3, 3, 5), draw(1, 2, 3, 3, 5)),
+                stride=(draw(1, 1, 2, 3), draw(1, 1, 2, 3)),
+                padding=(draw(0, 1, 2), draw(0, 1, 2), draw(0, 1, 2), draw(0, 1, 2)),
+                dilation=(draw(1, 1, 2), draw(1, 1, 2)),
+                groups=groups,
+            )
+            if tucker:
+                shape = TuckerConvShape(shape, up_to(3 * largest), up_to(3 * largest))
+        except TdcError:
+            continue
+        epilogue = Epilogue(bool(draw(0, 1)), *((0.0, None), (None, None), (-0.5, 1.5))[draw(0, 1, 2)])
+        cases.append(Case(shape, epilogue, tuple(bool(draw(0, 1)) for _ in range(3 if tucker else 1))))
+    return cases
+
+
+def make_weights(case: Case, rng: np.random.Generator) -> tuple[ConvWeights, ...]:
+    """Random weights that keep the scale of the activations, and biases of about their size."""
+    from tdc_tvm.schedules.kernel import ConvWeights
+
+    weights = []
+    for stage, has_bias in zip(case.stages, case.biases, strict=True):
+        shape = (stage.out_channels, stage.in_channels // stage.groups, *stage.kernel)
+        kernel = rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
+        bias = rng.standard_normal(stage.out_channels).astype(np.float32) if has_bias else None
+        weights.append(ConvWeights(kernel.astype(np.float32), bias))
+    return tuple(weights)
+
+
+def make_inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    """A random input, and a residual if the epilogue adds one; both NHWC."""
+    first, last = case.stages[0], case.stages[-1]
+    x = rng.standard_normal((first.batch, first.height, first.width, first.in_channels)).astype(np.float32)
+    if not case.epilogue.residual:
+        return x, None
+    out_shape = (last.batch, last.out_height, last.out_width, last.out_channels)
+    return x, rng.standard_normal(out_shape).astype(np.float32)
+
+
+def convolve(shape: Conv2dShape, x: np.ndarray, weights: ConvWeights) -> np.ndarray:
+    """One convolution in float64, tap by tap."""
+    (top, left, bottom, right), groups = shape.padding, shape.groups
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
+    kernel = weights.kernel.astype(np.float64).reshape(groups, shape.out_channels // groups, -1, *shape.kernel)
+    out = np.zeros((shape.batch, shape.out_height, shape.out_width, groups, kernel.shape[1]))
+    for r in range(shape.kernel[0]):
+        for s in range(shape.kernel[1]):
+            y, z = r * shape.dilation[0], s * shape.dilation[1]
+            rows = slice(y, y + (shape.out_height - 1) * shape.stride[0] + 1, shape.stride[0])
+            columns = slice(z, z + (shape.out_width - 1) * shape.stride[1] + 1, shape.stride[1])
+            window = padded[:, rows, columns].reshape(*out.shape[:3], groups, -1)
+            out += np.einsum("bhwgc,gnc->bhwgn", window, kernel[..., r, s], optimize=True)
+    out = out.reshape(*out.shape[:3], shape.out_channels)
+    return out if weights.bias is None else out + weights.bias
+
+
+def reference(case: Case, x: np.ndarray, weights: tuple[ConvWeights, ...], residual: np.ndarray | None) -> np.ndarray:
+    """What the kernel should compute, in float64."""
+    value = x
+    for stage, stage_weights in zip(case.stages, weights, strict=True):
+        value = convolve(stage, value, stage_weights)
+    if residual is not None:
+        value = value + residual
+    if case.epilogue.clip_min is None and case.epilogue.clip_max is None:
+        return value
+    return np.clip(value, case.epilogue.clip_min, case.epilogue.clip_max)
+
+
+def error_of(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error in the Frobenius norm; NaN if an output was not written."""
+    norm = float(np.linalg.norm(expected.astype(np.float64)))
+    return float(np.linalg.norm(actual.astype(np.float64) - expected)) / (norm or 1.0)
+
+
+def tolerance(depth: int) -> float:
+    """The error that rounding explains: 1e-6 times the root of the reduction's length."""
+    return 1e-6 * math.sqrt(depth)
+
+
+def build(folder: Path, arch: str, cases: list[Case]) -> None:
+    """Compile the cases into libraries of 32 kernels, and store their inputs and expected outputs."""
+    import tvm
+    from tvm.target import Target
+
+    from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
+    from tdc_tvm.schedules.cuda import conv
+    from tdc_tvm.schedules.device import DeviceSpec
+
+    target = Target({"kind": "cuda", "arch": arch})
+    device = DeviceSpec.from_target(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for start in range(0, len(cases), BATCH):
+        functions, arrays = {}, {}
+        library = f"batch{start // BATCH}"
+        for index, case in enumerate(cases[start : start + BATCH], start):
+            rng = np.random.default_rng(index)
+            weights, (x, residual) = make_weights(case, rng), make_inputs(case, rng)
+            config, _ = conv.choose(case.shape, device)
+            kernel = conv.make_kernel(case.shape, case.epilogue, weights, config, device, "conv")
+            name = f"case{index}"
+            functions[name] = kernel.func.with_attr("global_symbol", name)
+            inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
+            arrays |= {f"{name}.{position}": array for position, array in enumerate(inputs)}
+            arrays[f"{name}.expected"] = reference(case, x, weights, residual).astype(np.float32)
+            text = f"{case}, {config.strategy}: {config}"
+            records.append({"name": name, "library": library, "inputs": len(inputs), "depth": case.depth, "text": text})
+        with cuda_compiler(target):
+            module = tvm.tirx.build(tvm.IRModule(functions), target=target)
+        module.export_library(str(folder / f"{library}.so"))
+        kernels = cubin_kernels(folder / f"{library}.so")
+        assert len(kernels) == len(functions), f"{library}: {len(kernels)} kernels for {len(functions)} functions"
+        np.savez(folder / f"{library}.npz", **arrays)
+    (folder / MANIFEST).write_text(json.dumps({"arch": arch, "cases": records}, indent=1))
+
+
+def run(folder: Path) -> list[str]:
+    """Run what was built on this machine's GPU.
+
+    Returns
+    -------
+    list[str]
+        A line for each case that is wrong.
+    """
+    import tvm
+    import tvm_ffi
+    from tvm import libinfo
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+    device = tvm.cuda(0)
+    failures = []
+    libraries: dict[str, tuple] = {}
+    for record in json.loads((folder / MANIFEST).read_text())["cases"]:
+        library, name = record["library"], record["name"]
+        if library not in libraries:
+            module = tvm.runtime.load_module(str(folder / f"{library}.so"))
+            libraries[library] = module, np.load(folder / f"{library}.npz")
+        module, arrays = libraries[library]
+        inputs = [tvm.runtime.tensor(arrays[f"{name}.{position}"], device) for position in range(record["inputs"])]
+        expected = arrays[f"{name}.expected"]
+        out = tvm.runtime.tensor(np.full_like(expected, np.nan), device)
+        module[name](*inputs, out)
+        error, limit = error_of(out.numpy(), expected), tolerance(record["depth"])
+        if not error <= limit:
+            failures.append(f"{name}: relative error {error:.2e}, at most {limit:.2e} expected; {record['text']}")
+    return failures
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build_command = commands.add_parser("build", help="compile; needs no GPU")
+    build_command.add_argument("--arch", default="sm_90")
+    run_command = commands.add_parser("run", help="run and compare")
+    for command in (build_command, run_command):
+        command.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "build":
+        cases = table_cases() + random_cases()
+        build(arguments.folder, arguments.arch, cases)
+        print(f"built {len(cases)} cases for {arguments.arch} in {arguments.folder}")
+        return 0
+    failures = run(arguments.folder)
+    print("\n".join(failures) or "all cases agree")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The deployable library: a .so with kernels, weights and a section that describes them.
+
+The description lies in an ELF section of its own, so that it is read and checked before any code
+of the file runs: on a machine of another architecture, without a GPU, or from a truncated copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tvm
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from tvm.support import cc
+from tvm.target import Target
+
+from tdc_tvm.errors import TdcError
+from tdc_tvm.files import write_atomic
+from tdc_tvm.onnx_model import TensorInfo
+from tdc_tvm.quiet import without_scope_warnings
+
+SECTION = ".tdc.metadata"
+FORMAT_VERSION = 1
+# Instruction sets whose names are the same in LLVM and in Linux's /proc/cpuinfo.
+_CPU_FEATURES = (
+    "avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi", "bmi1", "bmi2", "f16c", "fma", "gfni", "vaes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a library was built from and for.
+
+    Parameters
+    ----------
+    inputs, outputs : tuple[TensorInfo, ...]
+        In the model's order.
+    kind : str
+        ``"llvm"`` or ``"cuda"``.
+    arch : str
+        GPU architecture, or LLVM's name of the processor.
+    machine : str
+        Host architecture, as in ``platform.machine()``.
+    cpu_features : tuple[str, ...]
+        Instruction sets that the host must have.
+    tvm_version : str
+        The runtime that the library needs.
+    source_sha256 : str
+        Of the ONNX model.
+    report : dict
+        `BuildReport.to_dict`.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    kind: str
+    arch: str
+    machine: str
+    cpu_features: tuple[str, ...]
+    tvm_version: str
+    source_sha256: str
+    report: dict
+    format_version: int = FORMAT_VERSION
+
+
+def host_features(target: Target) -> tuple[str, ...]:
+    """The instruction sets that code for ``target`` may use on the host."""
+    host = target if target.kind.name == "llvm" else target.host
+    llvm = {str(name) for name in tvm.target.codegen.llvm_get_cpu_features(host)}
+    return tuple(name for name in _CPU_FEATURES if name in llvm or name.replace("bmi1", "bmi") in llvm)
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler that links libraries.
+
+    Raises
+    ------
+    TdcError
+        If there is none.
+    """
+    path = cc.get_cc()
+    if not path:
+        raise TdcError(
+            "no C++ compiler found; linking a model needs one: install g++ (Debian, Ubuntu: apt install g++) or set CXX"
+        )
+    return path
+
+
+def write_library(executable: tvm.runtime.Executable, metadata: Metadata, path: str | os.PathLike) -> None:
+    """Link an executable and its description into a shared library.
+
+    Raises
+    ------
+    TdcError
+        If the path cannot be written or there is no C++ compiler.  An existing file survives.
+    """
+    if Path(path).suffix != ".so":
+        raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
+    text = json.dumps(asdict(metadata)).encode()
+    with tempfile.TemporaryDirectory() as folder, write_atomic(path) as temporary, without_scope_warnings():
+        blob, source = Path(folder, "metadata.json"), Path(folder, "metadata.s")
+        blob.write_bytes(text)
+        source.write_text(f'.section {SECTION},"a"\n.incbin "{blob}"\n.section .note.GNU-stack,"",@progbits\n')
+        temporary.unlink()  # the linker creates it anew
+        executable.export_library(str(temporary), fcompile=_link, addons=[str(source)], workspace_dir=folder)
+
+
+def _link(output: str, objects: list[str], options: list[str] | None = None, **_: object) -> None:
+    cc.create_shared(output, objects, options, cc=cxx_compiler())
+
+
+_link.object_format = "o"  # type: ignore[attr-defined]
+
+
+def read_metadata(path: str | os.PathLike) -> Metadata:
+    """Read a library's description without running any of its code.
+
+    Raises
+    ------
+    TdcError
+        If the file is missing, not a library of this project, truncated, or of another format version.
+    """
+    try:
+        with open(path, "rb") as file:
+            elf = ELFFile(file)
+            section = elf.get_section_by_name(SECTION)
+            data = section.data() if section is not None else None
+            machine = elf.get_machine_arch()
+            truncated = (
+                elf.header["e_shoff"] + elf.header["e_shnum"] * elf.header["e_shentsize"]
+                > os.fstat(file.fileno()).st_size
+            )
+    except OSError as error:
+        raise TdcError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged header makes the parser fail in any way
+        what = "not a shared library" if isinstance(error, ELFError) else "damaged or truncated"
+        raise TdcError(f"{path} is {what}; expected a .so written by export_library or 'tdc build'") from None
+    if truncated:
+        raise TdcError(f"{path} is truncated; copy it again")
+    if data is None:
+        raise TdcError(
+            f"{path} ({machine}) was not built by tdc_tvm: it has no {SECTION} section; build one with 'tdc build MODEL -o out.so'"
+        )
+    try:
+        fields = json.loads(data)
+        version = fields["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise TdcError(f"the description in {path} is damaged; build or copy the library again") from None
+    if version != FORMAT_VERSION:
+        raise TdcError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}; build it again")
+    tensors = {
+        key: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in fields[key])
+        for key in ("inputs", "outputs")
+    }
+    return Metadata(**{**fields, **tensors, "cpu_features": tuple(fields["cpu_features"])})
+
+
+def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:
+    """Refuse a library that this machine cannot run.
+
+    Raises
+    ------
+    TdcError
+        Naming what the library needs and what is here.
+    """
+    if metadata.machine != platform.machine():
+        raise TdcError(
+            f"{path} was built for {metadata.machine} machines, this one is {platform.machine()}; build it for this machine"
+        )
+    if metadata.tvm_version != tvm.__version__:
+        raise TdcError(
+            f"{path} was built with TVM {metadata.tvm_version}, installed is {tvm.__version__};"
+            f" install apache-tvm=={metadata.tvm_version} or build it again"
+        )
+    missing = sorted(set(metadata.cpu_features) - set(local_cpu_features()))
+    if missing:
+        raise TdcError(
+            f"{path} was built for {metadata.arch} and needs {', '.join(missing)}, which this CPU lacks;"
+            " build it with a lesser target, such as Target({'kind': 'llvm', 'mcpu': 'x86-64-v2'})"
+        )
+    if metadata.kind == "cuda":
+        _check_gpu(metadata.arch, path)
+
+
+def local_cpu_features() -> tuple[str, ...]:
+    """The instruction sets of this machine's CPU, by Linux's names."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return tuple(line.split(":", 1)[1].split())
+    return ()
+
+
+def _check_gpu(arch: str, path: str | os.PathLike) -> None:
+    device = tvm.cuda(0)
+    if not device.exist:
+        raise TdcError(
+            f"{path} was built for GPU architecture {arch}, and this machine has no usable GPU; build it for 'llvm'"
+        )
+    major, minor = (int(part) for part in str(device.compute_version).split("."))
+    here = 10 * major + minor
+    number = int("".join(c for c in arch if c.isdigit()))
+    exact = not arch[-1].isdigit()
+    if (here != number) if exact else (here // 10 != number // 10 or here < number):
+        raise TdcError(
+            f"{path} was built for GPU architecture {arch}, this machine's GPU is sm_{here}; build it for sm_{here}"
+        )

@@ -1,0 +1,98 @@
+"""Measuring models side by side."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tdc_tvm.compiled_model import CompiledModel, random_inputs
+from tdc_tvm.onnx_model import ModelSource, freeze_shapes, load_onnx
+from tdc_tvm.verify import reference_session
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to measure: a name and a call that runs it to its end."""
+
+    name: str
+    call: Callable[[], object]
+
+    @staticmethod
+    def of(name: str, compiled: CompiledModel, seed: int = 0) -> Contender:
+        """A compiled model on random input that lies on its device."""
+        return Contender(name, compiled.prepared_call(random_inputs(compiled.inputs, seed)))
+
+
+def onnxruntime_contender(name: str, model: ModelSource, compiled: CompiledModel, seed: int = 0) -> Contender:
+    """ONNX Runtime on the CPU with as many threads as TVM uses, on the input of ``compiled``."""
+    proto = load_onnx(model)
+    freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    session = reference_session(proto, os.cpu_count())
+    feed = dict(zip((info.name for info in compiled.inputs), random_inputs(compiled.inputs, seed), strict=True))
+    return Contender(name, lambda: session.run(None, feed))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latencies of one contender in milliseconds, in the order they were taken."""
+
+    name: str
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """The middle one."""
+        return float(np.median(self.samples_ms))
+
+    @property
+    def p99_ms(self) -> float:
+        """The 99th percentile."""
+        return float(np.percentile(self.samples_ms, 99))
+
+    @property
+    def min_ms(self) -> float:
+        """The shortest."""
+        return float(np.min(self.samples_ms))
+
+    def to_dict(self) -> dict:
+        """Everything as plain data."""
+        return {
+            "name": self.name,
+            "median_ms": self.median_ms,
+            "p99_ms": self.p99_ms,
+            "min_ms": self.min_ms,
+            "samples_ms": list(self.samples_ms),
+        }
+
+
+def measure(
+    contenders: Sequence[Contender], *, warmup: int = 5, repeat: int = 50, advance: Callable[[], object] = lambda: None
+) -> list[Latency]:
+    """Time single calls; the contenders take turns, so that noise of the machine meets all of them.
+
+    Each turn is two calls, of which the second is timed: the first finds the caches filled, and the
+    cores kept busy by waiting threads, of the contender before.
+
+    Parameters
+    ----------
+    contenders : sequence of Contender
+        What to measure.
+    warmup, repeat : int
+        Rounds before and during the measurement.
+    advance : callable
+        Called after each round, for a progress bar.
+    """
+    samples: list[list[float]] = [[] for _ in contenders]
+    for turn in range(warmup + repeat):
+        for contender, times in zip(contenders, samples, strict=True):
+            contender.call()
+            start = time.perf_counter()
+            contender.call()
+            if turn >= warmup:
+                times.append((time.perf_counter() - start) * 1e3)
+        advance()
+    return [Latency(contender.name, tuple(times)) for contender, times in zip(contenders, samples, strict=True)]

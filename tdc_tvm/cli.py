@@ -1,0 +1,483 @@
+"""The ``tdc`` command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tdc_tvm.errors import TdcError
+
+console = Console()
+# What is not the command's result goes to standard error, so that --json can be piped.
+messages = Console(stderr=True)
+
+main = typer.Typer(
+    name="tdc",
+    help="Fast Tucker-compressed CNNs on Apache TVM: compress, build, run, verify, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Precision(str, Enum):
+    """Arithmetic of the compiled model."""
+
+    fp32 = "fp32"
+
+
+Model = Annotated[Path, typer.Argument(help="ONNX model.", metavar="MODEL.onnx")]
+Library = Annotated[Path, typer.Argument(help="Library written by 'tdc build'.", metavar="MODEL.so")]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="auto, llvm, cuda, sm_80, sm_90, or a TVM tag such as nvidia/nvidia-h100.")
+]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Arithmetic of the compiled model.")]
+RanksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decompose",
+        help="Decompose dense convolutions first: ranks 'OUT,IN', an energy in (0, 1), a plan file (.json, .yaml), or a preset such as resnet18.",
+    ),
+]
+ShapesOption = Annotated[
+    list[str] | None, typer.Option("--input-shape", help="Shape of a dynamic input, NAME:1x3x224x224; may be repeated.")
+]
+BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Size of a dynamic leading dimension.")]
+AtolOption = Annotated[float, typer.Option("--atol", min=0, help="Absolute tolerance against ONNX Runtime.")]
+RtolOption = Annotated[
+    float, typer.Option("--rtol", min=0, help="Tolerance relative to an output's largest magnitude.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of random input.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
+
+
+@main.command()
+def compress(
+    model: Model,
+    ranks: Annotated[
+        str,
+        typer.Option(
+            "--ranks", "-r", help="Ranks 'OUT,IN', an energy in (0, 1), a plan file, or a preset such as resnet18."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", help="Write the ranks in use as a plan (.json, .yaml).")
+    ] = None,
+    input_shape: ShapesOption = None,
+    batch: BatchOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Decompose a model's dense convolutions into Tucker format (ONNX to ONNX, no PyTorch)."""
+    import onnx
+
+    from tdc_tvm.files import write_atomic
+    from tdc_tvm.onnx_decompose import decompose_onnx
+    from tdc_tvm.onnx_model import load_onnx, parameter_count
+
+    with _progress("Decomposing") as step:
+        step("reading the model")
+        proto = load_onnx(model)
+        before = parameter_count(proto)
+        step("decomposing")
+        report = decompose_onnx(proto, ranks)
+        step("writing")
+        onnx.checker.check_model(proto)
+        with write_atomic(output) as temporary:
+            onnx.save(proto, str(temporary))
+        if save_plan is not None:
+            report.plan.save(save_plan)
+    data = report.to_dict() | {"output": str(output), "parameters": [before, parameter_count(proto)]}
+    if as_json:
+        _print_json(data)
+        return
+    table = Table(
+        title=f"{len(report.decomposed)} of {len(report.layers)} convolutions decomposed", title_justify="left"
+    )
+    for column in ("layer", "kernel (out, in, h, w)", "ranks out, in", "relative error", "weights", "reason"):
+        table.add_column(column, overflow="fold")
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            "x".join(str(extent) for extent in layer.kernel_shape),
+            f"{layer.ranks.rank_out}, {layer.ranks.rank_in}" if layer.ranks else "",
+            "" if layer.relative_error is None else f"{layer.relative_error:.3f}",
+            f"{layer.params_before:,} -> {layer.params_after:,}" if layer.ranks else f"{layer.params_before:,}",
+            layer.reason,
+        )
+    console.print(table)
+    console.print(f"parameters {before:,} -> {data['parameters'][1]:,}; wrote {output}", soft_wrap=True)
+
+
+@main.command()
+def build(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The library (.so) to write.")],
+    target: TargetOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+    decompose: RanksOption = None,
+    input_shape: ShapesOption = None,
+    batch: BatchOption = None,
+    require_full_fusion: Annotated[
+        bool, typer.Option("--require-full-fusion", help="Fail if a Tucker layer is not one operator.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with ONNX Runtime if it can run here.")
+    ] = True,
+    atol: AtolOption = 1e-5,
+    rtol: RtolOption = 1e-4,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a model into a deployable library."""
+    compiled = _build(
+        model, target, precision, decompose, input_shape, batch, require_full_fusion, verify, atol, rtol, seed
+    )
+    compiled.export_library(output)
+    if as_json:
+        _print_json(compiled.report.to_dict() | {"output": str(output)})
+        return
+    console.print(compiled.report)
+    console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(
+        f"use it:  tdc_tvm.load({str(output)!r}).run(x)   or   tdc run {output} --input x.npy",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@main.command()
+def run(
+    library: Library,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="NAME=FILE.npy, or FILE.npy for a model of one input; may be repeated. Random if none is given.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs here (.npz).")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a compiled model."""
+    from tdc_tvm.compiled_model import load, random_inputs
+    from tdc_tvm.files import write_atomic
+
+    compiled = load(library)
+    if inputs:
+        result = compiled.run(**_read_arrays(inputs, [info.name for info in compiled.inputs]))
+    else:
+        result = compiled.run(*random_inputs(compiled.inputs, seed))
+    arrays = result if isinstance(result, tuple) else (result,)
+    named = dict(zip((info.name for info in compiled.outputs), arrays, strict=True))
+    if output is not None:
+        with write_atomic(output) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **named)
+    summary = [
+        {
+            "name": name,
+            "shape": list(a.shape),
+            "dtype": a.dtype.name,
+            "min": float(a.min()),
+            "mean": float(a.mean()),
+            "max": float(a.max()),
+        }
+        for name, a in named.items()
+    ]
+    if as_json:
+        _print_json({"outputs": summary, "output": None if output is None else str(output)})
+        return
+    table = Table("output", "shape", "dtype", "min", "mean", "max")
+    for row in summary:
+        table.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            row["dtype"],
+            *(f"{row[key]:.5g}" for key in ("min", "mean", "max")),
+        )
+    console.print(table)
+    if output is not None:
+        console.print(f"wrote {output}", soft_wrap=True)
+
+
+@main.command()
+def verify(
+    library: Library,
+    model: Model,
+    atol: AtolOption = 1e-5,
+    rtol: RtolOption = 1e-4,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a compiled model with ONNX Runtime on seeded random input.
+
+    The model must be the one that the library computes: after 'tdc build --decompose', the decomposed one ('tdc compress').
+    """
+    from dataclasses import asdict
+
+    from tdc_tvm.compiled_model import load
+    from tdc_tvm.onnx_model import freeze_shapes, load_onnx
+    from tdc_tvm.verify import verify as compare
+
+    compiled = load(library)
+    proto = load_onnx(model)
+    freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    result = compare(compiled, proto, atol=atol, rtol=rtol, seed=seed)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        console.print(f"[green]verified[/green]: {result.detail}", soft_wrap=True)
+
+
+@main.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="Libraries (.so) or ONNX models, measured side by side.", metavar="MODEL...")
+    ],
+    target: TargetOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+    decompose: RanksOption = None,
+    input_shape: ShapesOption = None,
+    batch: BatchOption = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Calls measured per model.")] = 50,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls before the measurement.")] = 5,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Measure ONNX Runtime (CPU) beside each ONNX model.")
+    ] = True,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency: models and ONNX Runtime alternate, call by call, in one process."""
+    from tdc_tvm.bench import Contender, measure, onnxruntime_contender
+    from tdc_tvm.compiled_model import load
+
+    contenders: list[Contender] = []
+    for path in models:
+        if path.suffix == ".so":
+            contenders.append(Contender.of(path.name, load(path), seed))
+            continue
+        compiled = _build(path, target, precision, decompose, input_shape, batch, False, True, 1e-5, 1e-4, seed)
+        contenders.append(Contender.of(f"{path.name}, tdc_tvm", compiled, seed))
+        if reference:
+            contenders.append(onnxruntime_contender(f"{path.name}, ONNX Runtime", path, compiled, seed))
+    with _bar("Measuring", warmup + repeat) as advance:
+        results = measure(contenders, warmup=warmup, repeat=repeat, advance=advance)
+    if as_json:
+        _print_json({"environment": environment(), "results": [result.to_dict() for result in results]})
+        return
+    table = Table("model", "median ms", "p99 ms", "min ms", "ratio")
+    for result in results:
+        row = (result.median_ms, result.p99_ms, result.min_ms)
+        table.add_row(result.name, *(f"{value:.3f}" for value in row), f"{result.median_ms / results[0].median_ms:.2f}")
+    console.print(table)
+
+
+@main.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A library (.so) or an ONNX model.", metavar="MODEL")],
+    target: TargetOption = "auto",
+    decompose: RanksOption = None,
+    input_shape: ShapesOption = None,
+    batch: BatchOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a library holds, or what would become of an ONNX model's layers, without building it."""
+    if path.suffix == ".so":
+        from tdc_tvm.artifact import read_metadata
+        from tdc_tvm.report import BuildReport
+
+        data = read_metadata(path)
+        if as_json:
+            from dataclasses import asdict
+
+            _print_json(asdict(data))
+            return
+        for title, tensors in (("input", data.inputs), ("output", data.outputs)):
+            for info in tensors:
+                console.print(f"{title} {info.name}: {info.dtype}{list(info.shape)}", markup=False, highlight=False)
+        console.print(
+            f"for {data.kind} {data.arch} on {data.machine}, TVM {data.tvm_version}, source {data.source_sha256[:12]}",
+            highlight=False,
+        )
+        console.print(BuildReport.from_dict(data.report))
+        return
+    from tdc_tvm.compiler import plan_build
+
+    report = plan_build(path, target, decompose=decompose, input_shapes=_shapes(input_shape), batch=batch)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        console.print(report)
+
+
+@main.command()
+def env(as_json: JsonOption = False) -> None:
+    """Show versions, compilers and devices: what to put into a bug report."""
+    data = environment()
+    if as_json:
+        _print_json(data)
+        return
+    table = Table(show_header=False)
+    for key, value in data.items():
+        table.add_row(key, str(value))
+    console.print(table)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, compilers and devices of this machine."""
+    import tvm
+    from tvm.support import cc
+
+    from tdc_tvm.cuda_toolchain import find_cuda_compiler
+    from tdc_tvm.targets import local_gpu_arch
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def cuda_compiler() -> str:
+        try:
+            found = find_cuda_compiler()
+        except TdcError as error:
+            return str(error)
+        return f"{found.name} ({found.path})"
+
+    packages = (
+        "tdc-tvm",
+        "apache-tvm",
+        "apache-tvm-ffi",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+        "tensorly",
+        "torch",
+        "xgboost",
+    )
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "cpu": tvm.target.codegen.llvm_get_system_cpu(),
+        "cpu threads": tvm.runtime.num_threads() if hasattr(tvm.runtime, "num_threads") else None,
+        "gpu": tvm.cuda(0).device_name if tvm.cuda(0).exist else None,
+        "gpu arch": local_gpu_arch(),
+        "c++ compiler": cc.get_cc(),
+        "cuda compiler": cuda_compiler(),
+    }
+
+
+def _build(
+    model: Path,
+    target: str,
+    precision: Precision,
+    decompose: str | None,
+    input_shape: list[str] | None,
+    batch: int | None,
+    require_full_fusion: bool,
+    verify: bool,
+    atol: float,
+    rtol: float,
+    seed: int,
+) -> Any:
+    from tdc_tvm.compiler import build as compile_model
+
+    with _progress(f"Building {model.name}") as step:
+        return compile_model(
+            model,
+            target,
+            precision.value,
+            decompose=decompose,
+            input_shapes=_shapes(input_shape),
+            batch=batch,
+            require_full_fusion=require_full_fusion,
+            verify=verify,
+            atol=atol,
+            rtol=rtol,
+            seed=seed,
+            progress=step,
+        )
+
+
+def _shapes(texts: list[str] | None) -> dict[str, list[int]] | None:
+    shapes = {}
+    for text in texts or []:
+        name, _, extents = text.rpartition(":")
+        try:
+            shapes[name] = [int(extent) for extent in extents.split("x")]
+        except ValueError:
+            name = ""
+        if not name:
+            raise TdcError(f"cannot read the shape {text!r}; expected NAME:1x3x224x224")
+    return shapes or None
+
+
+def _read_arrays(texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not separator:
+            if len(names) != 1:
+                raise TdcError(f"the model has the inputs {', '.join(names)}; write --input NAME=FILE.npy for each")
+            name, path = names[0], text
+        try:
+            arrays[name] = np.load(path, allow_pickle=False)
+        except OSError as error:
+            raise TdcError(f"cannot read {path}: {error.strerror or error}") from None
+        except (ValueError, EOFError) as error:
+            raise TdcError(f"{path} is not a .npy file: {error}") from None
+        if not isinstance(arrays[name], np.ndarray):
+            raise TdcError(f"{path} holds several arrays; expected a .npy file with one")
+    return arrays
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Any]:
+    """A spinner with the current step and the time taken, on standard error."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda step: progress.update(task, description=f"{title}: {step}")
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def app() -> None:
+    """Run the command; a user's mistake is one message and exit status 1."""
+    try:
+        main()
+    except TdcError as error:
+        messages.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,236 @@
+"""A compiled model: run, verify, measure, export, load."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm.runtime.vm
+
+from tdc_tvm.artifact import Metadata, check_runs_here, read_metadata, write_library
+from tdc_tvm.errors import TdcError
+from tdc_tvm.onnx_model import TensorInfo
+from tdc_tvm.quiet import without_scope_warnings
+from tdc_tvm.report import BuildReport
+
+
+class CompiledModel:
+    """A model that is ready to run, made by `build` or `load`.
+
+    Attributes
+    ----------
+    inputs, outputs : tuple[TensorInfo, ...]
+        Names, shapes and dtypes, in the model's order.
+    metadata : Metadata
+        What the library's description section holds.
+    report : BuildReport
+        What the compiler decided, layer by layer.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        executable: tvm.runtime.Executable | None = None,
+        module: tvm.runtime.Module | None = None,
+        library: bytes | None = None,
+    ) -> None:
+        self.metadata = metadata
+        self._executable = executable
+        self._module = module
+        self._library = library
+        self._vm: tvm.runtime.vm.VirtualMachine | None = None
+        self.report = BuildReport.from_dict(metadata.report)
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Inputs in the model's order."""
+        return self.metadata.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Outputs in the model's order."""
+        return self.metadata.outputs
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{t.name}{list(t.shape)}" for t in self.inputs)
+        return f"CompiledModel({inputs} on {self.metadata.arch}, {len(self.report.fused)} fused Tucker layers)"
+
+    def run(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Parameters
+        ----------
+        *args, **kwargs : numpy.ndarray or any DLPack tensor
+            The inputs, by position or by name (``run(**{"input.1": x})`` where a name is no
+            identifier).  Arrays on another device are copied.
+
+        Returns
+        -------
+        numpy.ndarray or torch.Tensor, or a tuple of them
+            torch tensors if an input was one, on the model's device; a tuple if the model has
+            several outputs.
+
+        Raises
+        ------
+        TdcError
+            If a name, shape or dtype does not fit, an input is missing or superfluous, or the
+            model was built for another machine.
+        """
+        values = self._bind(args, kwargs)
+        wants_torch = any(type(value).__module__.split(".")[0] == "torch" for value in values)
+        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
+        result = self.machine["main"](*tensors)
+        results = (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
+        if wants_torch:
+            torch = sys.modules["torch"]
+            converted: tuple = tuple(torch.from_dlpack(r) for r in results)
+        else:
+            converted = tuple(r.numpy() for r in results)
+        return converted if len(converted) > 1 else converted[0]
+
+    def benchmark(self, *, warmup: int = 5, repeat: int = 50, seed: int = 0) -> np.ndarray:
+        """Latencies of single calls on random input already on the device, in milliseconds, in order.
+
+        Parameters
+        ----------
+        warmup, repeat : int
+            Calls before and during the measurement.
+        seed : int
+            Of the random input.
+        """
+        call = self.prepared_call(random_inputs(self.inputs, seed))
+        for _ in range(warmup):
+            call()
+        samples = np.empty(repeat)
+        for i in range(repeat):
+            start = time.perf_counter()
+            call()
+            samples[i] = (time.perf_counter() - start) * 1e3
+        return samples
+
+    def prepared_call(self, values: list[np.ndarray]) -> Callable[[], None]:
+        """A call that runs the model to its end on inputs that are copied to the device now."""
+        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
+        main, device = self.machine["main"], self.device
+
+        def call() -> None:
+            main(*tensors)
+            device.sync()
+
+        return call
+
+    def export_library(self, path: str | os.PathLike) -> None:
+        """Write the model as a shared library (.so) that carries kernels, weights and this description.
+
+        Raises
+        ------
+        TdcError
+            If the path cannot be written; an existing file survives a failure.
+        """
+        if self._executable is not None:
+            write_library(self._executable, self.metadata, path)
+            return
+        from tdc_tvm.files import write_atomic
+
+        assert self._library is not None, "a loaded model keeps its library"
+        with write_atomic(path) as temporary:
+            temporary.write_bytes(self._library)
+
+    @property
+    def device(self) -> tvm.runtime.Device:
+        """Where the model runs."""
+        return tvm.cuda(0) if self.metadata.kind == "cuda" else tvm.cpu(0)
+
+    @property
+    def machine(self) -> tvm.runtime.vm.VirtualMachine:
+        """TVM's virtual machine, started at first use."""
+        if self._vm is None:
+            check_runs_here(self.metadata, "the model")
+            if self._module is None:
+                assert self._executable is not None, "a model has an executable or a module"
+                with without_scope_warnings():
+                    self._module = self._executable.jit()
+            self._vm = tvm.runtime.vm.VirtualMachine(self._module, self.device)
+        return self._vm
+
+    def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        names = [info.name for info in self.inputs]
+        expected = ", ".join(f"{i.name}: {i.dtype}{list(i.shape)}" for i in self.inputs)
+        if len(args) > len(names):
+            raise TdcError(f"found {len(args)} inputs, the model takes {len(names)} ({expected})")
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names:
+                raise TdcError(f"the model has no input {name!r}; its inputs are {expected}")
+            if name in given:
+                raise TdcError(f"input {name!r} is given twice, by position and by name")
+            given[name] = value
+        if missing := [name for name in names if name not in given]:
+            raise TdcError(f"missing input(s) {', '.join(missing)}; the model takes {expected}")
+        return [given[name] for name in names]
+
+    def _tensor(self, value: Any, info: TensorInfo) -> tvm.runtime.Tensor:
+        if isinstance(value, np.ndarray):
+            _check(info, value.shape, value.dtype.name)
+            return tvm.runtime.tensor(np.ascontiguousarray(value), self.device)
+        if not hasattr(value, "__dlpack__"):
+            raise TdcError(
+                f"input {info.name!r} is a {type(value).__name__}; expected a NumPy array or a DLPack tensor"
+            )
+        _check(info, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if type(value).__module__.split(".")[0] == "torch":
+            value = value.detach().contiguous()
+        tensor = tvm.runtime.from_dlpack(value)
+        if tensor.device != self.device:
+            tensor = tensor.copyto(self.device)
+        return tensor
+
+
+def _check(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:
+    if tuple(shape) != info.shape:
+        raise TdcError(f"input {info.name!r} has shape {tuple(shape)}; the model was built for {info.shape}")
+    if dtype != info.dtype:
+        raise TdcError(f"input {info.name!r} has dtype {dtype}; expected {info.dtype} (convert it first)")
+
+
+def random_inputs(inputs: tuple[TensorInfo, ...], seed: int) -> list[np.ndarray]:
+    """Seeded random arrays for a model's inputs: standard normal, or small whole numbers for integer types."""
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for info in inputs:
+        dtype = np.dtype(info.dtype)
+        if dtype.kind == "f":
+            arrays.append(rng.standard_normal(info.shape).astype(dtype))
+        else:
+            arrays.append(rng.integers(0, 2, info.shape).astype(dtype))
+    return arrays
+
+
+def load(path: str | os.PathLike) -> CompiledModel:
+    """Load a library that `CompiledModel.export_library` or ``tdc build`` wrote.
+
+    Everything is checked before any code of the file runs.
+
+    Parameters
+    ----------
+    path : path
+        The .so file.
+
+    Raises
+    ------
+    TdcError
+        If it is not such a library, is damaged, or was built for another machine or version.
+    """
+    metadata = read_metadata(path)
+    check_runs_here(metadata, path)
+    with open(path, "rb") as file:
+        library = file.read()
+    # A relative path without a slash would be looked up in the system's library folders.
+    with without_scope_warnings():
+        module = tvm.runtime.load_module(os.path.abspath(path))
+    return CompiledModel(metadata, module=module, library=library)

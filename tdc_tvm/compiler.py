@@ -1,0 +1,257 @@
+"""The compiler's front door."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import onnx
+import tvm
+from tvm import relax
+from tvm.target import Target
+
+from tdc_tvm.artifact import Metadata, check_runs_here, cxx_compiler, host_features
+from tdc_tvm.compiled_model import CompiledModel
+from tdc_tvm.cuda_toolchain import cuda_compiler
+from tdc_tvm.errors import TdcError
+from tdc_tvm.onnx_decompose import conv_shape, decompose_onnx, tucker_layer_names
+from tdc_tvm.onnx_model import (
+    ModelSource,
+    TensorInfo,
+    array,
+    check_operators,
+    constants,
+    conv_nodes,
+    freeze_shapes,
+    layer_name,
+    load_onnx,
+    parameter_count,
+)
+from tdc_tvm.onnx_rewrite import simplify
+from tdc_tvm.plan import RankSpec
+from tdc_tvm.relay_passes.import_onnx import import_onnx
+from tdc_tvm.relay_passes.layers import layers_of
+from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
+from tdc_tvm.report import BuildReport, Verification
+from tdc_tvm.schedules.device import DeviceSpec
+from tdc_tvm.targets import resolve_target
+from tdc_tvm.verify import verify as verify_model
+
+PRECISIONS = ("fp32",)
+Progress = Callable[[str], object]
+
+
+def build(
+    model: ModelSource,
+    target: str | Target = "auto",
+    precision: str = "fp32",
+    *,
+    decompose: RankSpec | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
+    require_full_fusion: bool = False,
+    verify: bool = True,
+    atol: float = 1e-5,
+    rtol: float = 1e-4,
+    seed: int = 0,
+    progress: Progress = lambda step: None,
+) -> CompiledModel:
+    """Compile an ONNX model, every Tucker layer as one operator.
+
+    Parameters
+    ----------
+    model : path, bytes or onnx.ModelProto
+        Any model that TVM can import; Tucker layers are found by their form, whoever made them.
+    target : str or tvm.target.Target
+        ``"auto"`` (the local GPU if there is one, else the CPU), ``"llvm"``, ``"cuda"``,
+        ``"sm_90"``, a TVM tag such as ``"nvidia/nvidia-h100"``, or a Target.
+    precision : str
+        ``"fp32"``: strict single precision.
+    decompose : RankSpec, optional
+        Decompose dense convolutions first: ranks for all layers ``(rank_out, rank_in)``, an energy
+        in (0, 1), a `DecompositionPlan` or its path, or a preset's name.
+    input_shapes : mapping of input name to shape, optional
+        For inputs with dynamic dimensions.
+    batch : int, optional
+        Size of a dynamic leading dimension.
+    require_full_fusion : bool
+        Fail if a Tucker layer cannot be one operator.
+    verify : bool
+        Compare with ONNX Runtime if the build can run here.
+    atol, rtol, seed
+        See `tdc_tvm.verify.verify`.
+    progress : callable
+        Called with the name of each step as it begins.
+
+    Returns
+    -------
+    CompiledModel
+
+    Raises
+    ------
+    TdcError
+        If the model, the plan or the target is faulty, a compiler is missing, a chain stays
+        unfused although full fusion is required, or verification fails.
+
+    Examples
+    --------
+    >>> compiled = tdc_tvm.build("resnet18.onnx", batch=1)  # doctest: +SKIP
+    >>> print(compiled.report)                              # doctest: +SKIP
+    >>> compiled.export_library("resnet18.so")              # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    cxx_compiler()
+    job = _prepare(model, target, precision, decompose, input_shapes, batch, progress)
+    reference = onnx.ModelProto()
+    if verify:
+        reference.CopyFrom(job.proto)
+    simplify(job.proto)
+    context = cuda_compiler(job.target) if job.target.kind.name == "cuda" else nullcontext()
+    with context, job.target, tvm.transform.PassContext(opt_level=3):
+        mod = _graph(job, progress)
+        report = job.report(mod)
+        if require_full_fusion and report.unfused:
+            lines = "\n".join(f"  {layer.name}: {layer.reason}" for layer in report.unfused)
+            raise TdcError(
+                f"{len(report.unfused)} Tucker layer(s) are not one operator, and full fusion is required:\n{lines}\n"
+                "Change the model as the reasons say, or build without require_full_fusion"
+            )
+        outputs = _outputs(job.proto, mod)
+        progress("generating code")
+        executable = relax.build(
+            tvm.transform.Sequential(lowering_passes(job.target))(mod), job.target, relax_pipeline=None
+        )
+    report = replace(report, build_seconds=time.perf_counter() - start)
+    metadata = Metadata(
+        inputs=tuple(job.inputs),
+        outputs=outputs,
+        kind=job.target.kind.name,
+        arch=report.target,
+        machine=_machine(job.target),
+        cpu_features=host_features(job.target),
+        tvm_version=tvm.__version__,
+        source_sha256=job.source_sha256,
+        report=report.to_dict(),
+    )
+    compiled = CompiledModel(metadata, executable)
+    if verify:
+        progress("verifying")
+        compiled.report = replace(report, verification=_verification(compiled, reference, atol, rtol, seed))
+        compiled.metadata = replace(metadata, report=compiled.report.to_dict())
+    return compiled
+
+
+def plan_build(
+    model: ModelSource,
+    target: str | Target = "auto",
+    *,
+    decompose: RankSpec | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
+) -> BuildReport:
+    """What `build` would decide on every layer, without compiling anything; no GPU or compiler is needed.
+
+    Parameters and errors are those of `build`.
+    """
+    job = _prepare(model, target, "fp32", decompose, input_shapes, batch, lambda step: None)
+    simplify(job.proto)
+    with job.target:
+        return job.report(_graph(job, lambda step: None))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked model with static shapes, and what it is built for."""
+
+    proto: onnx.ModelProto
+    inputs: list[TensorInfo]
+    target: Target
+    device: DeviceSpec
+    precision: str
+    source_sha256: str
+
+    def report(self, mod: tvm.IRModule) -> BuildReport:
+        return BuildReport(
+            target=str(self.target.attrs.get("arch", self.target.attrs.get("mcpu", self.target.kind.name))),
+            device=self.device.name,
+            precision=self.precision,
+            layers=tuple(layers_of(mod)),
+            macs=_macs(self.proto),
+            parameters=parameter_count(self.proto),
+        )
+
+
+def _prepare(
+    model: ModelSource,
+    target: str | Target,
+    precision: str,
+    decompose: RankSpec | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    batch: int | None,
+    progress: Progress,
+) -> _Job:
+    if precision not in PRECISIONS:
+        raise TdcError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+    resolved = resolve_target(target)
+    device = DeviceSpec.from_target(resolved)
+    progress("reading the model")
+    proto = load_onnx(model)
+    digest = hashlib.sha256()
+    for tensor in proto.graph.initializer:
+        digest.update(tensor.SerializeToString(deterministic=True))
+    for node in proto.graph.node:
+        digest.update(node.SerializeToString(deterministic=True))
+    check_operators(proto)
+    inputs = freeze_shapes(proto, input_shapes, batch)
+    if decompose is not None:
+        progress("decomposing")
+        decompose_onnx(proto, decompose)
+        freeze_shapes(proto, {info.name: info.shape for info in inputs})
+    return _Job(proto, inputs, resolved, device, precision, digest.hexdigest())
+
+
+def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
+    """The model with a kernel for every convolution."""
+    progress("importing")
+    mod = import_onnx(job.proto, [layer_name(node) for node in conv_nodes(job.proto)])
+    progress("fusing and scheduling")
+    return tvm.transform.Sequential(graph_passes(job.device, tucker_layer_names(job.proto)))(mod)
+
+
+def _outputs(proto: onnx.ModelProto, mod: tvm.IRModule) -> tuple[TensorInfo, ...]:
+    result = mod["main"].ret_ty
+    fields = result.fields if isinstance(result, relax.TupleType) else [result]
+    return tuple(
+        TensorInfo(value.name, tuple(int(extent) for extent in field.shape.values), str(field.dtype))
+        for value, field in zip(proto.graph.output, fields, strict=True)
+    )
+
+
+def _macs(proto: onnx.ModelProto) -> int:
+    tensors = constants(proto)
+    shapes = [
+        conv_shape(proto, node, array(tensors[node.input[1]]).shape)
+        for node in conv_nodes(proto)
+        if node.input[1] in tensors
+    ]
+    return sum(shape.macs for shape in shapes if shape is not None)
+
+
+def _machine(target: Target) -> str:
+    host = target if target.kind.name == "llvm" else target.host
+    triple = str(host.attrs.get("mtriple", ""))
+    return triple.split("-")[0] if triple else platform.machine()
+
+
+def _verification(
+    compiled: CompiledModel, reference: onnx.ModelProto, atol: float, rtol: float, seed: int
+) -> Verification:
+    try:
+        check_runs_here(compiled.metadata, "the model")
+    except TdcError as error:
+        return Verification("skipped", f"it cannot run on this machine ({error})")
+    return verify_model(compiled, reference, atol=atol, rtol=rtol, seed=seed)

@@ -1,0 +1,134 @@
+"""Rewrites of ONNX graphs ahead of the import: constants and batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from tdc_tvm.onnx_model import array, constants, use_counts
+
+
+def simplify(model: onnx.ModelProto) -> None:
+    """Bring a model into the form that the graph passes match, in place; its function stays the same.
+
+    ``Constant`` nodes become initializers; a ``BatchNormalization`` after a convolution is folded
+    into it, any other becomes a multiplication and an addition.  Statistics that are not constant
+    leave the node as it is.
+    """
+    _lift_constants(model)
+    _fold_batch_norms(model)
+    drop_unused_weights(model)
+
+
+def set_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replace the graph's nodes."""
+    nodes = list(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def drop_unused_weights(model: onnx.ModelProto) -> None:
+    """Remove initializers that nothing reads."""
+    used = use_counts(model)
+    kept = [tensor for tensor in model.graph.initializer if used[tensor.name]]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def set_weight(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
+    """Store an initializer under ``name``, or a like name that is free, and return the name used."""
+    taken = constants(model)
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), unique))
+    return unique
+
+
+def _lift_constants(model: onnx.ModelProto) -> None:
+    kept = []
+    for node in model.graph.node:
+        value = next((a for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            value.t.name = node.output[0]
+            model.graph.initializer.append(value.t)
+        else:
+            kept.append(node)
+    set_nodes(model, kept)
+
+
+def _fold_batch_norms(model: onnx.ModelProto) -> None:
+    used = use_counts(model)
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}
+    producers: dict[str, onnx.NodeProto] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        affine = _batch_norm_affine(model, node)
+        conv = producers.get(node.input[0]) if affine else None
+        if affine is None:
+            nodes.append(node)
+        elif conv is not None and used[node.input[0]] == 1 and _scale_conv(model, conv, *affine):
+            conv.output[0] = node.output[0]
+            producers[node.output[0]] = conv
+            continue
+        elif rank := ranks.get(node.input[0], 0):
+            nodes += _scale_and_shift(model, node, *affine, rank)
+        else:
+            nodes.append(node)
+        if node.op_type == "Conv":
+            producers[node.output[0]] = node
+    set_nodes(model, nodes)
+
+
+def _batch_norm_affine(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
+    """The per-channel (scale, shift) in float64 that an inference-time batch normalisation applies."""
+    if node.op_type != "BatchNormalization" or len([name for name in node.output if name]) != 1:
+        return None
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    tensors = constants(model)
+    if attributes.get("training_mode", 0) or any(name not in tensors for name in node.input[1:5]):
+        return None
+    gamma, beta, mean, variance = (array(tensors[name]).astype(np.float64) for name in node.input[1:5])
+    scale = gamma / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+    return scale, beta - mean * scale
+
+
+def _scale_conv(model: onnx.ModelProto, conv: onnx.NodeProto, scale: np.ndarray, shift: np.ndarray) -> bool:
+    """Multiply a convolution's output channels into its constants; False if they are not constant."""
+    tensors = constants(model)
+    if any(name not in tensors for name in conv.input[1:]):
+        return False
+    kernel = array(tensors[conv.input[1]])
+    bias = array(tensors[conv.input[2]]).astype(np.float64) if len(conv.input) > 2 else 0.0
+    folded = kernel.astype(np.float64) * scale.reshape(-1, *[1] * (kernel.ndim - 1))
+    replaced = {
+        conv.input[1]: folded,
+        (conv.input[2] if len(conv.input) > 2 else conv.input[1] + "_bias"): bias * scale + shift,
+    }
+    used = use_counts(model)
+    names = []
+    for name, value in replaced.items():
+        if used[name] == 1:  # nobody else reads the old value, so the new one may have its name
+            model.graph.initializer.remove(tensors[name])
+        names.append(set_weight(model, name, value.astype(kernel.dtype)))
+    del conv.input[1:]
+    conv.input.extend(names)
+    return True
+
+
+def _scale_and_shift(
+    model: onnx.ModelProto, node: onnx.NodeProto, scale: np.ndarray, shift: np.ndarray, rank: int
+) -> list[onnx.NodeProto]:
+    dtype = array(constants(model)[node.input[1]]).dtype
+    along_channels = (1, -1, *[1] * (rank - 2))  # full rank, so that the layout conversion can follow it
+    name = node.name or node.output[0]
+    scale_name = set_weight(model, f"{name}.scale", scale.astype(dtype).reshape(along_channels))
+    shift_name = set_weight(model, f"{name}.shift", shift.astype(dtype).reshape(along_channels))
+    scaled = f"{node.output[0]}.scaled"
+    return [
+        helper.make_node("Mul", [node.input[0], scale_name], [scaled], name=f"{name}.scale"),
+        helper.make_node("Add", [scaled, shift_name], [node.output[0]], name=f"{name}.shift"),
+    ]

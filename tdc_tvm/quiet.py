@@ -1,0 +1,30 @@
+"""Keeping a library's chatter out of the user's terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# TVM 0.27 prints this line once per constant when an executable is saved or loaded.
+_CHATTER = b"Warning: Scope "
+
+
+@contextmanager
+def without_scope_warnings() -> Iterator[None]:
+    """Drop TVM's line per constant from the process's standard error; everything else passes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as buffer:
+        os.dup2(buffer.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            buffer.seek(0)
+            rest = b"".join(line for line in buffer if _CHATTER not in line)
+            if rest:
+                os.write(2, rest)

@@ -1,0 +1,139 @@
+"""What a build did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from tdc_tvm.relay_passes.layers import LayerReport
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The comparison of a compiled model with ONNX Runtime on seeded random input.
+
+    Parameters
+    ----------
+    status : str
+        ``"passed"``, or ``"skipped"`` with the reason in ``detail``.
+    detail : str
+        The largest error and the output it is in, or the reason.
+    max_error : float or None
+        Largest absolute difference over all outputs.
+    """
+
+    status: str
+    detail: str
+    max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """The result of a build; prints as a table.
+
+    Parameters
+    ----------
+    target, device, precision : str
+        What it was built for.
+    layers : tuple[LayerReport, ...]
+        Every convolution and every Tucker layer.
+    macs : int
+        Multiply-adds of all convolutions.
+    parameters : int
+        Floating-point weights of the model.
+    build_seconds : float
+        Time of the whole build, verification not counted.
+    verification : Verification
+        Agreement with ONNX Runtime.
+    notes : tuple[str, ...]
+        What the user should know besides.
+    """
+
+    target: str
+    device: str
+    precision: str
+    layers: tuple[LayerReport, ...] = ()
+    macs: int = 0
+    parameters: int = 0
+    build_seconds: float = 0.0
+    verification: Verification = field(default_factory=lambda: Verification("skipped", "not asked for"))
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict:
+        """The report as plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> BuildReport:
+        """Read what `to_dict` gave."""
+        layers = tuple(
+            LayerReport(**{**layer, "ranks": tuple(layer["ranks"]) if layer["ranks"] else None})
+            for layer in data["layers"]
+        )
+        return BuildReport(
+            **{
+                **data,
+                "layers": layers,
+                "notes": tuple(data["notes"]),
+                "verification": Verification(**data["verification"]),
+            }
+        )
+
+    @property
+    def fused(self) -> tuple[LayerReport, ...]:
+        """The Tucker layers that are one operator."""
+        return tuple(layer for layer in self.layers if layer.fused)
+
+    @property
+    def unfused(self) -> tuple[LayerReport, ...]:
+        """The Tucker layers that are not one operator."""
+        return tuple(layer for layer in self.layers if layer.kind == "tucker_conv" and not layer.fused)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{len(self.layers)} layers on {self.device}, {self.precision}", title_justify="left")
+        for column in (
+            "layer",
+            "kind",
+            "shape",
+            "ranks in, out",
+            "fused",
+            "strategy",
+            "config",
+            "predicted us",
+            "why not fused",
+        ):
+            numeric = column == "predicted us"
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        for layer in self.layers:
+            tucker = layer.kind == "tucker_conv"
+            latency = layer.predicted_latency_us
+            table.add_row(
+                Text(layer.name),
+                layer.kind,
+                layer.shape,
+                f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "",
+                Text("yes", "green") if layer.fused else Text("no", "red") if tucker else "",
+                layer.strategy,
+                layer.config,
+                "" if latency is None else f"{latency:.1f}",
+                layer.reason if tucker else "",
+            )
+        yield table
+        tucker_count = len(self.fused) + len(self.unfused)
+        yield Text(
+            f"{len(self.fused)} of {tucker_count} Tucker layers fused; {self.macs / 1e6:.1f} M multiply-adds in convolutions, "
+            f"{self.parameters / 1e6:.2f} M parameters; built in {self.build_seconds:.1f} s for {self.target}"
+        )
+        style = "green" if self.verification.status == "passed" else "yellow"
+        yield Text(f"verification against ONNX Runtime {self.verification.status}: {self.verification.detail}", style)
+        for note in self.notes:
+            yield Text(f"note: {note}", "yellow")
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()

@@ -1,0 +1,63 @@
+"""From what a user calls a target to a TVM target with everything filled in."""
+
+from __future__ import annotations
+
+import tvm
+from tvm.target import Target
+
+from tdc_tvm.errors import TdcError
+
+_HELP = "use 'auto', 'llvm', 'cuda', 'sm_80', a TVM tag such as 'nvidia/nvidia-h100', or a tvm Target"
+
+
+def resolve_target(target: str | Target) -> Target:
+    """The target to build for.
+
+    Parameters
+    ----------
+    target : str or tvm.target.Target
+        ``"auto"`` is this machine's GPU, or its CPU where there is none; ``"llvm"`` is this
+        machine's CPU with all its instructions, ``"cuda"`` its GPU; ``"sm_90"`` and the like name a
+        GPU architecture; other names are TVM's tags.  A Target is taken as it is, for a lesser CPU
+        for example: ``Target({"kind": "llvm", "mcpu": "haswell"})``.
+
+    Raises
+    ------
+    TdcError
+        If the name is unknown, or ``"cuda"`` is asked for on a machine without a GPU.
+    """
+    host = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
+    if isinstance(target, Target):
+        if target.kind.name not in ("llvm", "cuda"):
+            raise TdcError(f"target kind {target.kind.name!r} is not supported; {_HELP}")
+        if target.kind.name == "cuda" and target.host is None:
+            return Target(target, host=Target(host))
+        return target
+    if not isinstance(target, str):
+        raise TdcError(f"a target is text or a tvm Target; found {type(target).__name__}; {_HELP}")
+    if target == "auto":
+        target = "cuda" if local_gpu_arch() else "llvm"
+    if target == "llvm":
+        return Target(host)
+    if target == "cuda":
+        arch = local_gpu_arch()
+        if arch is None:
+            raise TdcError(
+                "target 'cuda' is this machine's GPU, and there is none; name the architecture, such as 'sm_90'"
+            )
+        target = arch
+    if target.startswith("sm_"):
+        return Target({"kind": "cuda", "arch": target, "host": host})
+    try:
+        return resolve_target(Target(target))
+    except (ValueError, tvm.error.TVMError, TypeError) as error:
+        raise TdcError(f"unknown target {target!r} ({str(error).strip().splitlines()[-1]}); {_HELP}") from None
+
+
+def local_gpu_arch() -> str | None:
+    """The architecture of this machine's first GPU, such as ``"sm_90a"``; None if there is none."""
+    device = tvm.cuda(0)
+    if not device.exist:
+        return None
+    major, minor = str(device.compute_version).split(".")
+    return f"sm_{major}{minor}" + ("a" if int(major) >= 9 else "")

@@ -1,0 +1,88 @@
+"""Comparing a compiled model with ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from tdc_tvm.compiled_model import CompiledModel, random_inputs
+from tdc_tvm.errors import TdcError
+from tdc_tvm.report import Verification
+
+# Protocol buffers end at 2 GB; larger models go to ONNX Runtime through a file.
+_INLINE_LIMIT = 2**31 - 2**20
+
+
+def reference_outputs(
+    model: onnx.ModelProto, inputs: dict[str, np.ndarray], threads: int | None = None
+) -> list[np.ndarray]:
+    """What ONNX Runtime computes on the CPU, optimisations on."""
+    return reference_session(model, threads).run(None, inputs)
+
+
+def reference_session(model: onnx.ModelProto, threads: int | None = None):
+    """An ONNX Runtime session of ``model`` on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        if model.ByteSize() < _INLINE_LIMIT:
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            onnx.save(model, path, save_as_external_data=True, location="model.data")
+            return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise TdcError(f"ONNX Runtime cannot load the model to verify against: {str(error).strip()}") from None
+
+
+def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol: float, seed: int = 0) -> Verification:
+    """Compare outputs on seeded random input: ``max|ours - reference| <= atol + rtol * max|reference|`` for each.
+
+    Parameters
+    ----------
+    compiled : CompiledModel
+        A model that can run here.
+    model : onnx.ModelProto
+        The reference, with static shapes.
+    atol, rtol : float
+        Absolute tolerance, and tolerance relative to an output's largest magnitude.
+    seed : int
+        Of the input.
+
+    Raises
+    ------
+    TdcError
+        If an output differs by more, has another shape, or is not finite where the reference is.
+    """
+    values = random_inputs(compiled.inputs, seed)
+    ours = compiled.run(*values)
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    expected = reference_outputs(model, {info.name: value for info, value in zip(compiled.inputs, values, strict=True)})
+    if len(ours) != len(expected):
+        raise TdcError(f"the compiled model has {len(ours)} outputs, ONNX Runtime gives {len(expected)}")
+    worst = 0.0
+    details = []
+    for info, have, want in zip(compiled.outputs, ours, expected, strict=True):
+        if have.shape != want.shape:
+            raise TdcError(f"output {info.name!r} has shape {have.shape}; ONNX Runtime gives {want.shape}")
+        want64, have64 = want.astype(np.float64), have.astype(np.float64)
+        agree = (want64 == have64) | (np.isnan(want64) & np.isnan(have64))
+        error = float(np.max(np.where(agree, 0.0, np.abs(have64 - want64)), initial=0.0))
+        finite = np.abs(want64[np.isfinite(want64)])
+        scale = float(finite.max(initial=0.0))
+        if not error <= atol + rtol * scale:
+            raise TdcError(
+                f"verification failed: output {info.name!r} differs from ONNX Runtime by {error:.3g} at magnitude {scale:.3g};"
+                f" allowed are atol {atol:g} + rtol {rtol:g} x magnitude = {atol + rtol * scale:.3g}."
+                " Pass larger tolerances if that is acceptable, verify=False to skip, or report it"
+            )
+        worst = max(worst, error)
+        details.append(f"{info.name} differs by {error:.2g} at magnitude {scale:.2g}")
+    return Verification("passed", f"{'; '.join(details)} (atol {atol:g}, rtol {rtol:g}, seed {seed})", worst)

@@ -1,0 +1,74 @@
+"""Example inputs of a PyTorch model, and running a model without leaving traces on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdc_tvm.errors import TdcError
+
+# One tensor, several, or the shape of one (filled with a fixed random pattern).
+Example = torch.Tensor | Sequence[torch.Tensor] | Sequence[int]
+
+
+def example_inputs(model: nn.Module, example: Example) -> tuple[torch.Tensor, ...]:
+    """Bring an example to a tuple of tensors on the model's device.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives device and floating-point type for an input made from a shape.
+    example : tensor, tensors or shape
+        A shape, such as ``(1, 3, 224, 224)``, gives values from 0 to 1, always the same.
+
+    Raises
+    ------
+    TdcError
+        If it is none of these.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = tensors[0].dtype if tensors else torch.float32
+    if isinstance(example, torch.Tensor):
+        return (example.to(device),)
+    items: tuple[Any, ...] = tuple(example) if isinstance(example, Sequence) and not isinstance(example, str) else ()
+    if items and all(isinstance(item, torch.Tensor) for item in items):
+        return tuple(item.to(device) for item in items)
+    if items and all(isinstance(item, int) and item > 0 for item in items):
+        values = torch.rand(items, generator=torch.Generator().manual_seed(0))
+        return (values.to(device, dtype),)
+    raise TdcError(
+        f"an example input is a tensor, a tuple of tensors or a shape such as (1, 3, 224, 224); found {example!r}"
+    )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run the body with the model in eval mode and without gradients; every module's mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run_model(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """Run the model once.
+
+    Raises
+    ------
+    TdcError
+        If the model does not accept the inputs.
+    """
+    try:
+        return model(*inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise TdcError(f"the model does not run on inputs of shape {shapes}: {error}") from error
