@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -101,11 +102,22 @@ def is_conv2d(value: relax.Expr) -> bool:
     return isinstance(value, relax.Call) and value.op == CONV_OP
 
 
+# A variable's name ends up in generated C, so every byte that is no letter or digit is written as _ and its hex code.
+_PREFIX, _SUFFIX = "conv_", "_end"
+
+
+def _encode(name: str) -> str:
+    escaped = "".join(c if c.isascii() and c.isalnum() else "".join(f"_{b:02x}" for b in c.encode()) for c in name)
+    return _PREFIX + escaped + _SUFFIX
+
+
 def conv_name(var: relax.Var) -> str:
     """The layer's name that `import_onnx` gave to a convolution's variable; else the variable's own."""
     hint = str(var.name)
-    parts = hint.split("@")
-    return parts[1] if len(parts) == 3 and parts[0] == "conv" else hint
+    if not (hint.startswith(_PREFIX) and hint.endswith(_SUFFIX)):
+        return hint
+    escaped = hint.removeprefix(_PREFIX).removesuffix(_SUFFIX).encode()
+    return re.sub(rb"_([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), escaped).decode()
 
 
 @relax.expr_functor.mutator
@@ -118,7 +130,7 @@ class _Renamer(relax.PyExprMutator):
         if binding.var not in self.names:
             super().visit_var_binding_(binding)
             return
-        name = f"conv@{self.names[binding.var]}@"
+        name = _encode(self.names[binding.var])
         value = self.visit_expr(binding.value)
         new = type(binding.var)(name, binding.var.ty)
         self.builder_.emit_normalized(relax.VarBinding(new, value))

@@ -141,7 +141,7 @@ def load_data(folder: Path | None) -> Data:
 
 def write_test_images(data: Data, folder: Path) -> None:
     """Write the demo's test images and their licence."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         folder / "fashion_mnist_test_1000.npz",
         images=data.test_images[:1000],
@@ -267,7 +267,7 @@ def environment(device: torch.device) -> dict[str, str]:
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "numpy": np.__version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
@@ -278,7 +278,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "demo/fashion_mnist.onnx", help="the ONNX file")
+    output = ROOT / "scripts/demo/fashion_mnist.onnx"
+    parser.add_argument("-o", "--output", type=Path, default=output, help="the ONNX file")
     parser.add_argument("--data", type=Path, help="folder of the four *-ubyte.gz files")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--train-batch", type=int, default=512, help="images per training step")
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     data = load_data(args.data)
     if args.test_images:
-        write_test_images(data, ROOT / "demo")
+        write_test_images(data, ROOT / "scripts/demo")
         return
     export_onnx = import_export()
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint:
         torch.save(model.state_dict(), args.checkpoint)
     record = {
-        "command": ["scripts/train_demo.py", *(sys.argv[1:] if argv is None else argv)],
+        "command": ["scripts/train_demo.py", *(Path(a).name if "/" in a else a for a in argv or sys.argv[1:])],
         "options": {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()},
         "environment": environment(device),
         "data_sha256": data.source,

@@ -28,7 +28,8 @@ SECTION = ".tdc.metadata"
 FORMAT_VERSION = 1
 # Instruction sets whose names are the same in LLVM and in Linux's /proc/cpuinfo.
 _CPU_FEATURES = (
-    "avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi", "bmi1", "bmi2", "f16c", "fma", "gfni", "vaes",
+    "avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi",
+    "bmi1", "bmi2", "f16c", "fma", "gfni", "vaes",
 )  # fmt: skip
 
 
@@ -144,7 +145,8 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
         raise TdcError(f"{path} is truncated; copy it again")
     if data is None:
         raise TdcError(
-            f"{path} ({machine}) was not built by tdc_tvm: it has no {SECTION} section; build one with 'tdc build MODEL -o out.so'"
+            f"{path} ({machine}) was not built by tdc_tvm: it has no {SECTION} section;"
+            " build one with 'tdc build MODEL -o out.so'"
         )
     try:
         fields = json.loads(data)
@@ -170,7 +172,8 @@ def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:
     """
     if metadata.machine != platform.machine():
         raise TdcError(
-            f"{path} was built for {metadata.machine} machines, this one is {platform.machine()}; build it for this machine"
+            f"{path} was built for {metadata.machine} machines, this one is {platform.machine()};"
+            " build it for this machine"
         )
     if metadata.tvm_version != tvm.__version__:
         raise TdcError(

@@ -49,7 +49,8 @@ RanksOption = Annotated[
     str | None,
     typer.Option(
         "--decompose",
-        help="Decompose dense convolutions first: ranks 'OUT,IN', an energy in (0, 1), a plan file (.json, .yaml), or a preset such as resnet18.",
+        help="Decompose dense convolutions first: ranks 'OUT,IN', an energy in (0, 1), a plan (.json, .yaml), "
+        "or a preset such as resnet18.",
     ),
 ]
 ShapesOption = Annotated[
@@ -77,8 +78,6 @@ def compress(
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", help="Write the ranks in use as a plan (.json, .yaml).")
     ] = None,
-    input_shape: ShapesOption = None,
-    batch: BatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Decompose a model's dense convolutions into Tucker format (ONNX to ONNX, no PyTorch)."""
@@ -86,13 +85,14 @@ def compress(
 
     from tdc_tvm.files import write_atomic
     from tdc_tvm.onnx_decompose import decompose_onnx
-    from tdc_tvm.onnx_model import load_onnx, parameter_count
+    from tdc_tvm.onnx_model import infer_shapes, load_onnx, parameter_count
 
     with _progress("Decomposing") as step:
         step("reading the model")
         proto = load_onnx(model)
         before = parameter_count(proto)
         step("decomposing")
+        infer_shapes(proto)
         report = decompose_onnx(proto, ranks)
         step("writing")
         onnx.checker.check_model(proto)
@@ -167,7 +167,7 @@ def run(
         typer.Option(
             "--input",
             "-i",
-            help="NAME=FILE.npy, or FILE.npy for a model of one input; may be repeated. Random if none is given.",
+            help="NAME=FILE.npy, or FILE.npy for a model of one input; may be repeated; random without it.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs here (.npz).")] = None,
@@ -226,7 +226,8 @@ def verify(
 ) -> None:
     """Compare a compiled model with ONNX Runtime on seeded random input.
 
-    The model must be the one that the library computes: after 'tdc build --decompose', the decomposed one ('tdc compress').
+    The model must be the one that the library computes: after 'tdc build --decompose', the output of
+    'tdc compress' with the same ranks.
     """
     from dataclasses import asdict
 

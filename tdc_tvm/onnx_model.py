@@ -85,7 +85,8 @@ def _load_external_data(model: onnx.ModelProto, label: str, folder: Path | None)
         return
     if folder is None:
         raise TdcError(
-            f"{label} keeps {len(external)} tensors in external files, which only a path can find; pass the model's path"
+            f"{label} keeps {len(external)} tensors in external files, which only a path can find;"
+            " pass the model's path"
         )
     for tensor in external:
         entry = {prop.key: prop.value for prop in tensor.external_data}
@@ -213,12 +214,19 @@ def freeze_shapes(
             dim.dim_value = extent
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
         infos.append(TensorInfo(value.name, static, dtype))
-    _infer_shapes(model)
+    infer_shapes(model)
     return infos
 
 
-def _infer_shapes(model: onnx.ModelProto) -> None:
-    """Infer intermediate shapes in place; weights are left out so that size does not matter."""
+def infer_shapes(model: onnx.ModelProto) -> None:
+    """Infer intermediate shapes, in place; unknown extents stay unknown.
+
+    Raises
+    ------
+    TdcError
+        If the model's shapes contradict each other.
+    """
+    # Weights are replaced by their shapes, so that the model's size does not matter.
     slim = onnx.ModelProto()
     slim.CopyFrom(model)
     big = {t.name for t in slim.graph.initializer if np.prod(t.dims, dtype=np.int64) > 1024}

@@ -94,7 +94,8 @@ class BuildReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"{len(self.layers)} layers on {self.device}, {self.precision}", title_justify="left")
-        for column in (
+        wide = options.max_width >= 120
+        columns = [
             "layer",
             "kind",
             "shape",
@@ -104,27 +105,40 @@ class BuildReport:
             "config",
             "predicted us",
             "why not fused",
-        ):
-            numeric = column == "predicted us"
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        ]
+        hidden = {"config", "kind"} if not wide else set()
+        if not self.unfused:
+            hidden.add("why not fused")
+        for column in columns:
+            if column not in hidden:
+                numeric = column == "predicted us"
+                foldable = column in ("layer", "config", "why not fused")
+                table.add_column(
+                    column.replace(" us", "\nus").replace("ranks ", "ranks\n"),
+                    justify="right" if numeric else "left",
+                    overflow="fold",
+                    no_wrap=not foldable,
+                )
         for layer in self.layers:
             tucker = layer.kind == "tucker_conv"
             latency = layer.predicted_latency_us
-            table.add_row(
-                Text(layer.name),
-                layer.kind,
-                layer.shape,
-                f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "",
-                Text("yes", "green") if layer.fused else Text("no", "red") if tucker else "",
-                layer.strategy,
-                layer.config,
-                "" if latency is None else f"{latency:.1f}",
-                layer.reason if tucker else "",
-            )
+            cells = {
+                "layer": Text(layer.name),
+                "kind": layer.kind,
+                "shape": layer.shape,
+                "ranks in, out": f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "",
+                "fused": Text("yes", "green") if layer.fused else Text("no", "red") if tucker else "",
+                "strategy": layer.strategy,
+                "config": layer.config,
+                "predicted us": "" if latency is None else f"{latency:.1f}",
+                "why not fused": layer.reason if tucker else "",
+            }
+            table.add_row(*(cells[column] for column in columns if column not in hidden))
         yield table
         tucker_count = len(self.fused) + len(self.unfused)
         yield Text(
-            f"{len(self.fused)} of {tucker_count} Tucker layers fused; {self.macs / 1e6:.1f} M multiply-adds in convolutions, "
+            f"{len(self.fused)} of {tucker_count} Tucker layers fused; "
+            f"{self.macs / 1e6:.1f} M multiply-adds in convolutions, "
             f"{self.parameters / 1e6:.2f} M parameters; built in {self.build_seconds:.1f} s for {self.target}"
         )
         style = "green" if self.verification.status == "passed" else "yellow"

@@ -79,7 +79,8 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
         scale = float(finite.max(initial=0.0))
         if not error <= atol + rtol * scale:
             raise TdcError(
-                f"verification failed: output {info.name!r} differs from ONNX Runtime by {error:.3g} at magnitude {scale:.3g};"
+                f"verification failed: output {info.name!r} differs from ONNX Runtime by {error:.3g}"
+                f" at magnitude {scale:.3g};"
                 f" allowed are atol {atol:g} + rtol {rtol:g} x magnitude = {atol + rtol * scale:.3g}."
                 " Pass larger tolerances if that is acceptable, verify=False to skip, or report it"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from tdc_tvm.plan import (
     decompose_layers,
     parse_ranks,
 )
-from tdc_tvm.training.inputs import Example, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, copy_model, eval_mode, example_inputs, run_model
 from tdc_tvm.tucker import TuckerFactors, check_ranks, tucker2
 
 
@@ -218,10 +217,10 @@ def _decompose(
     model: nn.Module, ranks: RankSpec, example: Example | None, inplace: bool, init: bool
 ) -> tuple[nn.Module, DecompositionReport]:
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     pixels = _pixels(model, convs, example) if example is not None else {}
-    layers = _layers(model, convs, pixels, with_values=init or not isinstance(ranks, DecompositionPlan))
+    layers = _layers(model, convs, pixels, with_values=init)
     result = decompose_layers(layers, ranks, factorize=init, model=type(model).__name__)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, chosen in result.plan.layers.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.plan import DecompositionPlan
 from tdc_tvm.training.decompose import TuckerConv2d
-from tdc_tvm.training.inputs import Example, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, copy_model, eval_mode, example_inputs, run_model
 
 # Protocol buffers end at 2 GiB; the rest is room for the graph.
 MAX_WEIGHT_BYTES = 2**31 - 2**26
@@ -75,7 +74,7 @@ def export_onnx(
             "decompose the model first, or convert it with model.half()"
         )
     # A copy on the CPU: the user's model keeps its mode and device, and no TF32 blurs the comparison.
-    model = copy.deepcopy(model).cpu()
+    model = copy_model(model).cpu()
     inputs = example_inputs(model, example)
     if dynamic_batch:
         inputs = _with_batch(inputs, max(2, _batch(inputs)))

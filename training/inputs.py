@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,23 @@ def example_inputs(model: nn.Module, example: Example) -> tuple[torch.Tensor, ..
     raise TdcError(
         f"an example input is a tensor, a tuple of tensors or a shape such as (1, 3, 224, 224); found {example!r}"
     )
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises
+    ------
+    TdcError
+        If it has computed weights, which PyTorch does not copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise TdcError(
+            f"{type(model).__name__} cannot be copied: {error}; make computed weights permanent first "
+            "(torch.nn.utils.prune.remove, remove_weight_norm)"
+        ) from error
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def make_kernel(
         constants = list(pack(weights[0], _blocks(_view(shape), config, device), shape.groups))
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name(name)
-        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8, "tdc.config": f"{config.strategy} {config}"})
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8, "tdc.config": f"{config.strategy} {config}"})
         first, last = stages[0], stages[-1]
         x = T.arg("x", T.buffer((first.batch, first.height, first.width, first.in_channels), "float32"))
         packed = [T.arg(f"constant{i}", T.buffer(array.shape, "float32")) for i, array in enumerate(constants)]

@@ -51,8 +51,12 @@ def accumulator(lanes: int, value: Any) -> Any:
 
 
 def scratch(count: int) -> Any:
-    """Workspace of at least ``count`` elements for the task that is being written."""
-    return T.alloc_buffer((max(count, 1024),), "float32")
+    """Workspace of at least ``count`` elements for the task that is being written.
+
+    It is used through an alias: CompactBufferAllocation would otherwise spend up to a second on its accesses.
+    """
+    size = max(count, 1024)
+    return T.decl_buffer((size,), "float32", data=T.alloc_buffer((size,), "float32").data)
 
 
 @contextmanager

@@ -103,4 +103,4 @@ def make_kernel(
         raise TdcError(f"cannot run {config} for {shape}: {reason}")
     if isinstance(shape, Conv2dShape):
         return direct.make_kernel(shape, epilogue, weights, config, name)
-    return tile.make_kernel(shape, epilogue, weights, config, name)
+    return tile.make_kernel(shape, epilogue, weights, config, device, name)

@@ -1,8 +1,9 @@
-"""Strategy "direct": one convolution, dense, grouped or depthwise, without shared memory.
+"""Strategy "direct": one convolution, dense, grouped or depthwise.
 
 A thread accumulates a few neighbouring pixels by a few output channels; operands come through the
 caches.  Neighbouring threads take neighbouring channels, so that weights and outputs (and for a
-depthwise convolution also inputs) are accessed coalesced.
+depthwise convolution also inputs) are accessed coalesced.  Where there are too few outputs to keep
+the GPU busy, several threads share the reduction of one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda import emit
-from tdc_tvm.schedules.cuda.emit import ThreadTile, ceil_div, round_up
+from tdc_tvm.schedules.cuda.emit import Load, ThreadTile, ceil_div, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
@@ -21,35 +22,47 @@ STRATEGY = "direct"
 
 def candidates(shape: Conv2dShape, device: DeviceSpec) -> list[KernelConfig]:
     """All configurations worth estimating, none of which is rejected."""
-    lanes = min(emit.WARP, 1 << (shape.out_channels - 1).bit_length())
+    lanes = emit.lanes_for(shape.out_channels)
     configs = [
-        KernelConfig(STRATEGY, (("threads", threads), ("lanes", lanes), ("pixels", pixels), ("columns", columns)))
+        KernelConfig(
+            STRATEGY,
+            (("threads", threads), ("lanes", lanes), ("pixels", pixels), ("columns", columns), ("splits", splits)),
+        )
         for threads in (64, 128, 256)
         for pixels in (1, 2, 4, 8)
         for columns in (1, 2, 4)
-        if columns * lanes < 2 * shape.out_channels
+        for splits in (1, 2, 4, 8)
+        if columns == 1 or columns * lanes < 2 * shape.out_channels
     ]
     return [config for config in configs if not reject_reason(shape, config, device)]
 
 
 def reject_reason(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> str:
     """Why a configuration cannot run; empty if it can."""
-    tile = _tile(config)
-    if not 1 <= tile.threads <= emit.MAX_THREADS:
-        return f"needs {tile.threads} threads in a block, {device.name} has 1 to {emit.MAX_THREADS}"
-    if min(tile.lanes, tile.pixels, tile.columns) < 1 or tile.threads % tile.lanes:
-        return f"{tile.threads} threads do not divide into sets of {tile.lanes} lanes"
+    threads, lanes, splits = config["threads"], config["lanes"], config["splits"]
+    if not 1 <= threads <= emit.MAX_THREADS:
+        return f"needs {threads} threads in a block, {device.name} has 1 to {emit.MAX_THREADS}"
+    if min(lanes, config["pixels"], config["columns"], splits) < 1 or threads % (lanes * splits):
+        return f"{threads} threads do not divide into {splits} splits of sets of {lanes} lanes"
+    if splits > 1 and (shape.groups > 1 or shape.in_channels % splits):
+        return f"{splits} splits do not divide {shape.in_channels} input channels in {shape.groups} groups"
+    tile = _tile(shape, config)
+    if not tile.fits_registers:
+        return f"needs {tile.registers * threads} registers in a block, {device.name} has {emit.REGISTERS}"
+    smem_bytes = 4 * tile.scratch
+    if smem_bytes > device.smem_per_block_optin_bytes:
+        has = device.smem_per_block_optin_bytes / 1024
+        return f"needs {smem_bytes / 1024:.0f} KB of shared memory, {device.name} has {has:.0f} KB"
     return ""
 
 
 def estimate(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
     """Predict the latency: the slowest of arithmetic, loads and latency, waves counted."""
-    tile = _tile(config)
+    tile = _tile(shape, config)
     depth = shape.in_channels // shape.groups * shape.kernel[0] * shape.kernel[1]
-    busy_us, wait_us = emit.step_us(tile, device)
+    busy_us, wait_us = tile.times_us(tile.groups * tile.pixels, tile.width, depth, device)
     blocks_per_core = ceil_div(_blocks(shape, tile), device.core_count)
-    resident = max(1, 2 * emit.MAX_THREADS // tile.threads)
-    compute = depth * max(blocks_per_core * busy_us, ceil_div(blocks_per_core, resident) * wait_us)
+    compute = max(blocks_per_core * busy_us, ceil_div(blocks_per_core, tile.resident) * wait_us)
     traffic = 4 * (
         shape.weight_count
         + shape.out_pixels * shape.out_channels
@@ -73,7 +86,7 @@ def make_kernel(
 ) -> Kernel:
     """Build the kernel: parameters ``(x, kernel, [bias], [residual], out)``."""
     (stage,) = weights
-    tile = _tile(config)
+    tile = _tile(shape, config)
     width = round_up(shape.out_channels, tile.width)
     # OIHW -> HWIO: a tap's weights of neighbouring output channels are neighbours.
     constants = {"kernel": emit.pad_last(stage.kernel.transpose(2, 3, 1, 0), width)}
@@ -92,8 +105,10 @@ def make_kernel(
     return Kernel(func, tuple(constants.values()))
 
 
-def _tile(config: KernelConfig) -> ThreadTile:
-    return ThreadTile(config["threads"], config["lanes"], config["pixels"], config["columns"])
+def _tile(shape: Conv2dShape, config: KernelConfig) -> ThreadTile:
+    splits = config["splits"]
+    vector = emit.vector_for(shape.in_channels, splits) if shape.groups == 1 else 1
+    return ThreadTile(config["threads"], config["lanes"], config["pixels"], config["columns"], splits, vector)
 
 
 def _blocks(shape: Conv2dShape, tile: ThreadTile) -> int:
@@ -110,55 +125,59 @@ def _emit(
 ) -> None:
     group_in, group_out = shape.in_channels // shape.groups, shape.out_channels // shape.groups
     column_blocks = ceil_div(shape.out_channels, tile.width)
-    pixel_0 = T.Bind((block // column_blocks * tile.groups + thread // tile.lanes) * tile.pixels)
-    column_0 = T.Bind(block % column_blocks * tile.width + thread % tile.lanes)
+    pixel_0 = T.Bind(block // column_blocks * (tile.groups * tile.pixels))
+    column_0 = T.Bind(block % column_blocks * tile.width)
     x, kernel, out = buffers["x"], buffers["kernel"], buffers["out"]
+    shared = T.sblock_alloc_buffer((tile.scratch,), "float32", scope="shared.dyn") if tile.scratch else None
 
-    def column(c: ir.Expr) -> ir.Expr:
-        return column_0 + c * tile.lanes
+    def position(pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr, ir.Expr]:
+        bounded = tirx.min(pixel_0 + pixel, shape.out_pixels - 1)
+        row = bounded // shape.out_width
+        return row // shape.out_height, row % shape.out_height, bounded % shape.out_width
 
-    def position(p: ir.Expr) -> tuple[ir.Expr, ir.Expr, ir.Expr]:
-        pixel = tirx.min(pixel_0 + p, shape.out_pixels - 1)
-        row = pixel // shape.out_width
-        return row // shape.out_height, row % shape.out_height, pixel % shape.out_width
-
-    def load_x(p: ir.Expr, r: ir.Expr, s: ir.Expr, channel: ir.Expr) -> ir.Expr:
-        image, out_y, out_x = position(p)
+    def load_x(pixel: ir.Expr, r: ir.Expr, s: ir.Expr, channel: ir.Expr) -> ir.Expr:
+        image, out_y, out_x = position(pixel)
         y = out_y * shape.stride[0] + r * shape.dilation[0] - shape.padding[0]
         z = out_x * shape.stride[1] + s * shape.dilation[1] - shape.padding[1]
+        value = x[image, y, z, emit.lanes_from(channel, tile.vector)]
         if not any(shape.padding):
-            return x[image, y, z, channel]
+            return value
         inside = tirx.all(y >= 0, y < shape.height, z >= 0, z < shape.width)
-        return T.if_then_else(inside, x[image, y, z, channel], tirx.const(0, "float32"))
+        return T.if_then_else(inside, value, emit.zeros(tile.vector))
 
-    acc = T.sblock_alloc_buffer((tile.pixels, tile.columns), "float32", scope="local")
+    def dense(acc: tirx.Buffer, split: ir.Expr, pixel: Load, column: Load) -> None:
+        with (
+            T.serial(shape.kernel[0]) as r,
+            T.serial(shape.kernel[1]) as s,
+            emit.steps(tile, split, shape.in_channels) as k,
+        ):
+            emit.accumulate(
+                acc,
+                tile,
+                lambda p: load_x(pixel(p), r, s, k),
+                lambda j, c: kernel[r, s, k + j, column_0 + column(c)],
+            )
 
-    def start(p: ir.Expr, c: ir.Expr) -> None:
-        T.buffer_store(acc, buffers["bias"][column(c)] if "bias" in buffers else tirx.const(0, "float32"), [p, c])
-
-    def step(r: ir.Expr, s: ir.Expr, k: ir.Expr) -> None:
-        if shape.groups == 1:
-            emit.accumulate(acc, tile, lambda p: load_x(p, r, s, k), lambda c: kernel[r, s, k, column(c)])
-            return
+    def grouped(acc: tirx.Buffer, split: ir.Expr, pixel: Load, column: Load) -> None:
         # Columns of one thread can lie in different groups, and then want different inputs.
-        with T.serial(tile.columns, unroll=True) as c:
-            group = tirx.min(column(c), shape.out_channels - 1) // group_out
-            with T.serial(tile.pixels, unroll=True) as p:
-                value = load_x(p, r, s, group * group_in + k) * kernel[r, s, k, column(c)]
-                T.buffer_store(acc, acc[p, c] + value, [p, c])
+        with (
+            T.serial(shape.kernel[0]) as r,
+            T.serial(shape.kernel[1]) as s,
+            emit.steps(tile, split, group_in) as k,
+            T.serial(tile.columns, unroll=True) as c,
+            T.serial(tile.pixels, unroll=True) as p,
+        ):
+            group = tirx.min(column_0 + column(c), shape.out_channels - 1) // group_out
+            value = load_x(pixel(p), r, s, group * group_in + k) * kernel[r, s, k, column_0 + column(c)]
+            T.buffer_store(acc, acc[p, c] + value, [p, c])
 
-    def finish(p: ir.Expr, c: ir.Expr) -> None:
-        at = (*position(p), column(c))
-        tail = pixel_0 + p < shape.out_pixels if shape.out_pixels % (tile.groups * tile.pixels) else None
-        edge = column(c) < shape.out_channels if shape.out_channels % tile.width else None
-        inside = emit.all_of(tail, edge)
-        emit.store_if(inside, out, emit.finish(acc[p, c], epilogue, buffers.get("residual"), at), at)
+    def store(pixel: ir.Expr, column: ir.Expr, value: ir.Expr, condition: ir.Expr | None) -> None:
+        at = (*position(pixel), column_0 + column)
+        tail = pixel_0 + pixel < shape.out_pixels if shape.out_pixels % (tile.groups * tile.pixels) else None
+        edge = at[3] < shape.out_channels if shape.out_channels % tile.width else None
+        inside = emit.all_of(condition, tail, edge)
+        value = value + buffers["bias"][at[3]] if "bias" in buffers else value
+        emit.store_if(inside, out, emit.finish(value, epilogue, buffers.get("residual"), at), at)
 
-    emit.each_result(tile, start)
-    with (
-        T.serial(shape.kernel[0]) as r,
-        T.serial(shape.kernel[1]) as s,
-        T.serial(group_in, unroll=min(emit.UNROLL, group_in)) as k,
-    ):
-        step(r, s, k)
-    emit.each_result(tile, finish)
+    multiply = dense if shape.groups == 1 else grouped
+    emit.product(tile, thread, shared, tile.groups * tile.pixels, tile.width, multiply, store)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +18,18 @@ from tdc_tvm.schedules.shape import Epilogue
 
 WARP = 32
 MAX_THREADS = 1024
+# Registers of a processor and so of a block, the same from sm_75 on.
+REGISTERS = 65536
 # Steps of a reduction whose loads are in flight together.
 UNROLL = 8
-
 # An L1 or shared-memory load instruction takes as long as this many multiply-adds.
 _LOAD_COST = 4
 _L2_LATENCY_US = 0.2
+_BARRIER_US = 0.05
 
-# A value from a pixel's or a column's number.
+# A value from the number of a pixel, or of a step and a column.
 Load = Callable[[ir.Expr], ir.Expr]
+Load2 = Callable[[ir.Expr, ir.Expr], ir.Expr]
 
 
 @dataclass(frozen=True)
@@ -33,43 +38,100 @@ class ThreadTile:
 
     ``lanes`` neighbouring threads take neighbouring columns, so that weights are read coalesced.
     A thread accumulates ``pixels`` neighbouring pixels by ``columns`` columns, ``lanes`` apart, in
-    registers.
+    registers, over one of ``splits`` parts of the depth, in steps of ``vector``.
     """
 
     threads: int
     lanes: int
     pixels: int
     columns: int
+    splits: int
+    vector: int
 
     @property
     def groups(self) -> int:
-        """Sets of lanes in a block."""
-        return self.threads // self.lanes
+        """Sets of lanes that have a result of their own."""
+        return self.threads // (self.lanes * self.splits)
 
     @property
     def width(self) -> int:
         """Columns that a set of lanes covers."""
         return self.lanes * self.columns
 
+    @property
+    def scratch(self) -> int:
+        """Numbers that a block exchanges to add up the parts of the depth."""
+        return (self.splits - 1) * self.lanes * self.groups * self.pixels * self.columns
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread, about: accumulators, operands in flight, and addresses."""
+        return self.pixels * self.columns + UNROLL * (self.pixels + self.columns) + 40
+
+    @property
+    def fits_registers(self) -> bool:
+        """Whether the registers of a block are there without spilling."""
+        return self.registers <= min(255, REGISTERS // self.threads)
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a processor can hold, as far as threads and registers are concerned."""
+        return max(1, min(2 * MAX_THREADS // self.threads, REGISTERS // (self.registers * self.threads)))
+
     def rounds(self, pixels: int, columns: int) -> int:
         """How often a thread must work to cover a product."""
         return ceil_div(ceil_div(pixels, self.pixels) * ceil_div(columns, self.width), self.groups)
 
+    def times_us(self, pixels: int, columns: int, depth: int, device: DeviceSpec) -> tuple[float, float]:
+        """What a product costs a block: the processor's time it takes, and the time it waits for loads."""
+        work = max(self.pixels * self.columns, _LOAD_COST * (self.pixels / self.vector + self.columns))
+        fma_per_us = device.fp32_flops_per_s / 2 / device.core_count * 1e-6
+        rounds = self.rounds(pixels, columns)
+        merge = _LOAD_COST * 2 * self.scratch / fma_per_us
+        wait = depth / self.splits / UNROLL * _L2_LATENCY_US + (2 * _BARRIER_US if self.splits > 1 else 0)
+        return rounds * (self.threads * work * depth / self.splits / fma_per_us + merge), rounds * wait
 
-def thread_tile(pixels: int, columns: int, threads: int) -> ThreadTile:
-    """Divide a product so that all threads work, and each holds as much as that allows."""
-    lanes = min(WARP, 1 << (columns - 1).bit_length())
-    per_thread = 2 if columns > WARP else 1
-    width_count = ceil_div(columns, lanes * per_thread)
-    wanted = ceil_div(pixels * width_count * lanes, threads)
-    return ThreadTile(threads, lanes, min(8, 1 << (wanted - 1).bit_length()), per_thread)
+
+def lanes_for(columns: int) -> int:
+    """Neighbouring threads on neighbouring columns: a warp, fewer for few columns."""
+    return min(WARP, 1 << (columns - 1).bit_length())
 
 
-def step_us(tile: ThreadTile, device: DeviceSpec) -> tuple[float, float]:
-    """Time of one step of a block's reduction: the throughput it takes, and how long it waits for weights."""
-    work = max(tile.pixels * tile.columns, _LOAD_COST * (tile.pixels + tile.columns))
-    fma_per_us = device.fp32_flops_per_s / 2 / device.core_count * 1e-6
-    return tile.threads * work / fma_per_us, _L2_LATENCY_US / UNROLL
+def vector_for(depth: int, splits: int) -> int:
+    """Steps whose left operand is loaded at once."""
+    return 4 if depth % (4 * splits) == 0 else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def thread_tile(
+    pixels: int, columns: int, depth: int, inner_depth: int, threads: int, device: DeviceSpec
+) -> ThreadTile:
+    """The division of a product that takes a block the least time.
+
+    Parameters
+    ----------
+    pixels, columns, depth : int
+        Extents of the product.
+    inner_depth : int
+        The part of the depth that is contiguous, and so can be split.
+    threads : int
+        Threads of the block, a multiple of a warp.
+    device : DeviceSpec
+        The GPU.
+    """
+    lanes = lanes_for(columns)
+    tiles = [
+        ThreadTile(threads, lanes, per_pixel, per_column, splits, vector_for(inner_depth, splits))
+        for splits in (1, 2, 4, 8, 16)
+        for per_pixel in (1, 2, 4, 8)
+        for per_column in (1, 2, 4)
+        if inner_depth % splits == 0
+        and threads % (lanes * splits) == 0
+        and per_pixel < 2 * pixels
+        and (per_column == 1 or lanes * per_column < 2 * columns)
+    ]
+    tiles = [tile for tile in tiles if tile.fits_registers]
+    return min(tiles, key=lambda tile: max(tile.times_us(pixels, columns, depth, device)))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -126,33 +188,60 @@ def make_func(
     return builder.get()
 
 
-def accumulate(acc: tirx.Buffer, tile: ThreadTile, load_a: Load, load_b: Load) -> None:
-    """Add one step of the reduction: ``acc[p, c] += a[p] * b[c]``.
+def accumulate(acc: tirx.Buffer, tile: ThreadTile, load_a: Load, load_b: Load2) -> None:
+    """Add ``tile.vector`` steps of the reduction: ``acc[p, c] += a[p, j] * b[j, c]``.
 
     Parameters
     ----------
     acc : Buffer
         Registers, ``(tile.pixels, tile.columns)``.
-    load_a, load_b : callable
-        The operands of this thread's pixel ``p`` and column ``c``.
+    load_a : callable
+        The steps of this thread's pixel ``p`` as a vector (a scalar if there is one step).
+    load_b : callable
+        The weight of step ``j`` and this thread's column ``c``.
     """
-    a = T.sblock_alloc_buffer((tile.pixels,), "float32", scope="local")
-    b = T.sblock_alloc_buffer((tile.columns,), "float32", scope="local")
+    vector = tile.vector
+    a = T.sblock_alloc_buffer((tile.pixels * vector,), "float32", scope="local")
+    b = T.sblock_alloc_buffer((vector, tile.columns), "float32", scope="local")
     with T.serial(tile.pixels, unroll=True) as p:
-        T.buffer_store(a, load_a(p), [p])
-    with T.serial(tile.columns, unroll=True) as c:
-        T.buffer_store(b, load_b(c), [c])
-    with T.serial(tile.pixels, unroll=True) as p, T.serial(tile.columns, unroll=True) as c:
-        T.buffer_store(acc, acc[p, c] + a[p] * b[c], [p, c])
+        T.buffer_store(a, load_a(p), [lanes_from(p * vector, vector)])
+    with T.serial(vector, unroll=True) as j, T.serial(tile.columns, unroll=True) as c:
+        T.buffer_store(b, load_b(j, c), [j, c])
+    with (
+        T.serial(vector, unroll=True) as j,
+        T.serial(tile.pixels, unroll=True) as p,
+        T.serial(tile.columns, unroll=True) as c,
+    ):
+        T.buffer_store(acc, acc[p, c] + a[p * vector + j] * b[j, c], [p, c])
+
+
+def lanes_from(first: ir.Expr, count: int) -> ir.Expr:
+    """An index of ``count`` neighbouring elements."""
+    return first if count == 1 else T.ramp(first, 1, count)
+
+
+def zeros(count: int) -> ir.Expr:
+    """A vector of zeros, or a scalar if ``count`` is 1."""
+    zero = tirx.const(0, "float32")
+    return zero if count == 1 else T.broadcast(zero, count)
+
+
+@contextlib.contextmanager
+def steps(tile: ThreadTile, split: ir.Expr, depth: int) -> Iterator[ir.Expr]:
+    """Loop over a thread's part of the depth; yields the first of ``tile.vector`` steps."""
+    share = depth // tile.splits
+    trips = share // tile.vector
+    with T.serial(trips, unroll=max(1, min(UNROLL // tile.vector, trips))) as i:
+        yield split * share + i * tile.vector
 
 
 def product(
     tile: ThreadTile,
     thread: ir.Expr,
+    shared: tirx.Buffer | None,
     pixels: int,
     columns: int,
-    start: Callable[[ir.Expr, ir.Expr], ir.Expr],
-    reduce: Callable[[tirx.Buffer, Load, Load], None],
+    reduce: Callable[[tirx.Buffer, ir.Expr, Load, Load], None],
     store: Callable[[ir.Expr, ir.Expr, ir.Expr, ir.Expr | None], None],
 ) -> None:
     """A whole block computes ``pixels x columns`` results, in rounds.
@@ -162,20 +251,22 @@ def product(
 
     Parameters
     ----------
-    start : callable
-        The value that result ``(pixel, column)`` starts from.
+    shared : Buffer, optional
+        Shared memory whose first ``tile.scratch`` elements are free; None if nothing is shared.
     reduce : callable
-        Emits the reduction, given the registers and what maps a thread's own numbers to its pixel
-        and column.  Pixels are always below ``pixels``; columns below ``columns`` rounded up to
-        ``tile.width``.
+        Emits the reduction, given the registers, the thread's part of the depth, and what maps its
+        own numbers to its pixel and column.  Pixels are always below ``pixels``; columns below
+        ``columns`` rounded up to ``tile.width``.
     store : callable
         Stores ``(pixel, column, value)`` under a condition (None: always).
     """
     pixel_blocks = ceil_div(pixels, tile.pixels)
     items, rounds = pixel_blocks * ceil_div(columns, tile.width), tile.rounds(pixels, columns)
+    owners = tile.lanes * tile.groups
+    split = thread // owners
     acc = T.sblock_alloc_buffer((tile.pixels, tile.columns), "float32", scope="local")
     with T.serial(rounds) as i:
-        item = T.Bind(i * tile.groups + thread // tile.lanes)
+        item = T.Bind(i * tile.groups + thread % owners // tile.lanes)
         mine = T.Bind(tirx.min(item, items - 1))
         pixel_0 = T.Bind(mine % pixel_blocks * tile.pixels)
         column_0 = T.Bind(mine // pixel_blocks * tile.width + thread % tile.lanes)
@@ -187,27 +278,49 @@ def product(
             return column_0 + c * tile.lanes
 
         def store_one(p: ir.Expr, c: ir.Expr) -> None:
+            owner = split == 0 if tile.splits > 1 else None
             busy = item < items if items % tile.groups else None
             tail = pixel_0 + p < pixels if pixels % tile.pixels else None
-            store(pixel(p), column(c), acc[p, c], all_of(busy, tail))
+            store(pixel(p), column(c), acc[p, c], all_of(owner, busy, tail))
 
-        each_result(tile, lambda p, c: T.buffer_store(acc, start(pixel(p), column(c)), [p, c]))
-        reduce(acc, pixel, column)
+        each_result(tile, lambda p, c: T.buffer_store(acc, zeros(1), [p, c]))
+        reduce(acc, split, pixel, column)
+        if shared is not None:
+            barrier()
+            if tile.splits > 1:
+                _merge(tile, thread, split, shared, acc)
         each_result(tile, store_one)
+        if rounds > 1:
+            barrier()
+
+
+def _merge(tile: ThreadTile, thread: ir.Expr, split: ir.Expr, shared: tirx.Buffer, acc: tirx.Buffer) -> None:
+    """Add the parts of the depth, always in the same order, in the threads of the first."""
+    owners = tile.lanes * tile.groups
+
+    def at(part: ir.Expr, p: ir.Expr, c: ir.Expr) -> ir.Expr:
+        return ((part * tile.pixels + p) * tile.columns + c) * owners + thread % owners
+
+    with T.If(split > 0), T.Then():
+        each_result(tile, lambda p, c: T.buffer_store(shared, acc[p, c], [at(split - 1, p, c)]))
+    barrier()
+    for part in range(tile.splits - 1):
+        each_result(tile, lambda p, c, part=part: T.buffer_store(acc, acc[p, c] + shared[at(part, p, c)], [p, c]))
+    barrier()
 
 
 def each_result(tile: ThreadTile, emit: Callable[[ir.Expr, ir.Expr], None]) -> None:
-    """Emit something for each of a thread's accumulators.
-
-    The loops are unrolled here and not by the CUDA compiler, because TVM may put a barrier before
-    them: between an unroll pragma and its loop, which would then keep its registers in memory.
-    """
-    with T.unroll(tile.pixels) as p, T.unroll(tile.columns) as c:
+    """Emit something for each of a thread's accumulators."""
+    with T.serial(tile.pixels, unroll=True) as p, T.serial(tile.columns, unroll=True) as c:
         emit(p, c)
 
 
 def barrier() -> None:
-    """Wait for all threads of the block."""
+    """Wait for all threads of the block.
+
+    TVM would insert the barriers that are missing, but between an unroll pragma and its loop, which
+    then keeps its registers in memory.  So schedules leave none out.
+    """
     T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
 
 

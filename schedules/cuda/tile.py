@@ -22,7 +22,6 @@ from tdc_tvm.schedules.shape import Epilogue, TuckerConvShape
 
 STRATEGY = "tile"
 _EXTENTS = (1, 2, 4, 8, 16)
-_ZERO = tirx.const(0, "float32")
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class _Plan:
 
     shape: TuckerConvShape
     config: KernelConfig
+    device: DeviceSpec
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -81,33 +81,46 @@ class _Plan:
         return self.tile[0] * self.tile[1]
 
     @property
+    def taps(self) -> int:
+        """Positions of the core's window."""
+        return self.shape.dense.kernel[0] * self.shape.dense.kernel[1]
+
+    @property
     def reduce(self) -> ThreadTile:
         """The first 1x1's division among threads."""
-        return thread_tile(self.in_pixels, self.chunk, self.config["threads"])
+        depth = self.shape.dense.in_channels
+        return thread_tile(self.in_pixels, self.chunk, depth, depth, self.config["threads"], self.device)
 
     @property
     def core(self) -> ThreadTile:
         """The core's."""
-        return thread_tile(self.out_pixels, self.shape.rank_out, self.config["threads"])
+        depth = self.taps * self.chunk
+        return thread_tile(self.out_pixels, self.shape.rank_out, depth, self.chunk, self.config["threads"], self.device)
 
     @property
     def expand(self) -> ThreadTile:
         """The last 1x1's."""
-        return thread_tile(self.out_pixels, self.shape.dense.out_channels, self.config["threads"])
+        columns, depth = self.shape.dense.out_channels, self.shape.rank_out
+        return thread_tile(self.out_pixels, columns, depth, depth, self.config["threads"], self.device)
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Columns of the three products, rounded up to whole thread tiles."""
+        """Columns of the three products, rounded up to whole thread tiles and vectors."""
         return (
-            round_up(self.chunk, self.reduce.width),
-            round_up(self.shape.rank_out, self.core.width),
+            round_up(self.chunk, max(4, self.reduce.width)),
+            round_up(self.shape.rank_out, max(4, self.core.width)),
             round_up(self.shape.dense.out_channels, self.expand.width),
         )
 
     @property
+    def scratch(self) -> int:
+        """Numbers exchanged where threads split a depth."""
+        return round_up(max(tile.scratch for tile in (self.reduce, self.core, self.expand)), 4)
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of a block."""
-        return 4 * (self.in_pixels * self.widths[0] + self.out_pixels * self.widths[1])
+        return 4 * (self.scratch + self.in_pixels * self.widths[0] + self.out_pixels * self.widths[1])
 
 
 def candidates(shape: TuckerConvShape, device: DeviceSpec) -> list[KernelConfig]:
@@ -134,7 +147,7 @@ def reject_reason(shape: TuckerConvShape, config: KernelConfig, device: DeviceSp
         return f"needs {threads} threads in a block, {device.name} has warps of {emit.WARP} up to {emit.MAX_THREADS}"
     if not 1 <= chunk <= shape.rank_in:
         return f"needs chunks of {chunk} channels, the first rank is {shape.rank_in}"
-    plan = _Plan(shape, config)
+    plan = _Plan(shape, config, device)
     if min(plan.tile) < 1:
         return f"needs tiles of {plan.tile[0]}x{plan.tile[1]} pixels, the least is 1x1"
     if plan.smem_bytes > device.smem_per_block_optin_bytes:
@@ -145,22 +158,18 @@ def reject_reason(shape: TuckerConvShape, config: KernelConfig, device: DeviceSp
 
 def estimate(shape: TuckerConvShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
     """Predict the latency: per stage the slower of throughput and latency, halo and waves counted."""
-    plan = _Plan(shape, config)
-    resident = max(
-        1, min(2 * emit.MAX_THREADS // config["threads"], device.smem_per_block_optin_bytes // plan.smem_bytes)
-    )
+    plan = _Plan(shape, config, device)
     per_core = ceil_div(plan.blocks, device.core_count)
-    taps = shape.dense.kernel[0] * shape.dense.kernel[1]
     products = {
         "reduce": (plan.reduce, plan.in_pixels, plan.chunk, shape.dense.in_channels, plan.chunks),
-        "core": (plan.core, plan.out_pixels, shape.rank_out, taps * plan.chunk, plan.chunks),
+        "core": (plan.core, plan.out_pixels, shape.rank_out, plan.taps * plan.chunk, plan.chunks),
         "expand": (plan.expand, plan.out_pixels, shape.dense.out_channels, shape.rank_out, 1),
     }
     parts = {"launch": device.launch_us}
     for name, (tile, pixels, columns, depth, repeats) in products.items():
-        steps = repeats * tile.rounds(pixels, columns) * depth
-        busy_us, wait_us = emit.step_us(tile, device)
-        parts[name] = max(per_core * steps * busy_us, ceil_div(per_core, resident) * steps * wait_us)
+        resident = max(1, min(tile.resident, device.smem_per_block_optin_bytes // plan.smem_bytes))
+        busy_us, wait_us = tile.times_us(pixels, columns, depth, device)
+        parts[name] = repeats * max(per_core * busy_us, ceil_div(per_core, resident) * wait_us)
     dense = shape.dense
     outer = dense.batch * dense.height * dense.width * dense.in_channels + dense.out_pixels * dense.out_channels
     parts["memory"] = 4 * (shape.weight_count + outer) / device.dram_bytes_per_s * 1e6
@@ -172,10 +181,11 @@ def make_kernel(
     epilogue: Epilogue,
     weights: tuple[ConvWeights, ...],
     config: KernelConfig,
+    device: DeviceSpec,
     name: str,
 ) -> Kernel:
     """Build the kernel: parameters ``(x, reduce, core, expand, [biases], [residual], out)``."""
-    plan, dense = _Plan(shape, config), shape.dense
+    plan, dense = _Plan(shape, config, device), shape.dense
     constants = _pack(plan, weights)
     out_shape = (dense.batch, dense.out_height, dense.out_width, dense.out_channels)
     params = [("x", (dense.batch, dense.height, dense.width, dense.in_channels))]
@@ -228,13 +238,13 @@ def _emit(plan: _Plan, epilogue: Epilogue, buffers: dict[str, tirx.Buffer], bloc
     shared = T.sblock_alloc_buffer((plan.smem_bytes // 4,), "float32", scope="shared.dyn")
 
     def reduced(pixel: ir.Expr, column: ir.Expr) -> ir.Expr:
-        return pixel * plan.widths[0] + column
+        return plan.scratch + pixel * plan.widths[0] + column
 
     def cored(pixel: ir.Expr, column: ir.Expr) -> ir.Expr:
-        return plan.in_pixels * plan.widths[0] + pixel * plan.widths[1] + column
+        return plan.scratch + plan.in_pixels * plan.widths[0] + pixel * plan.widths[1] + column
 
     def bias(name: str, *at: ir.Expr) -> ir.Expr:
-        return buffers[name][at] if name in buffers else _ZERO
+        return buffers[name][at] if name in buffers else emit.zeros(1)
 
     def in_position(pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
         y = out_y0 * dense.stride[0] - dense.padding[0] + pixel // halo_w
@@ -242,59 +252,57 @@ def _emit(plan: _Plan, epilogue: Epilogue, buffers: dict[str, tirx.Buffer], bloc
         return y, x
 
     def reduce_chunk(chunk: ir.Expr) -> None:
-        def multiply(acc: tirx.Buffer, pixel: Load, column: Load) -> None:
+        def multiply(acc: tirx.Buffer, split: ir.Expr, pixel: Load, column: Load) -> None:
             def load_x(p: ir.Expr) -> ir.Expr:
                 # Pixels outside of the image take any value within it; the store makes them zero.
                 y, x = in_position(pixel(p))
                 y = tirx.max(tirx.min(y, dense.height - 1), 0)
-                return buffers["x"][image, y, tirx.max(tirx.min(x, dense.width - 1), 0), k]
+                x = tirx.max(tirx.min(x, dense.width - 1), 0)
+                return buffers["x"][image, y, x, emit.lanes_from(k, plan.reduce.vector)]
 
-            with T.serial(dense.in_channels, unroll=min(emit.UNROLL, dense.in_channels)) as k:
-                emit.accumulate(acc, plan.reduce, load_x, lambda c: buffers["reduce"][chunk, k, column(c)])
+            with emit.steps(plan.reduce, split, dense.in_channels) as k:
+                emit.accumulate(acc, plan.reduce, load_x, lambda j, c: buffers["reduce"][chunk, k + j, column(c)])
 
         def store(pixel: ir.Expr, column: ir.Expr, value: ir.Expr, condition: ir.Expr | None) -> None:
             # The core's padding is zero: it has neither input nor the first stage's bias.
             y, x = in_position(pixel)
             inside = tirx.all(y >= 0, y < dense.height, x >= 0, x < dense.width)
-            emit.store_if(condition, shared, tirx.Select(inside, value, _ZERO), [reduced(pixel, column)])
+            value = value + bias("reduce_bias", chunk, column)
+            emit.store_if(condition, shared, tirx.Select(inside, value, emit.zeros(1)), [reduced(pixel, column)])
 
-        def start(pixel: ir.Expr, column: ir.Expr) -> ir.Expr:
-            return bias("reduce_bias", chunk, column)
-
-        emit.product(plan.reduce, thread, plan.in_pixels, plan.chunk, start, multiply, store)
+        emit.product(plan.reduce, thread, shared, plan.in_pixels, plan.chunk, multiply, store)
 
     def core_chunk(chunk: ir.Expr) -> None:
-        def multiply(acc: tirx.Buffer, pixel: Load, column: Load) -> None:
+        def multiply(acc: tirx.Buffer, split: ir.Expr, pixel: Load, column: Load) -> None:
             def load_reduced(p: ir.Expr) -> ir.Expr:
                 y = pixel(p) // tile_w * dense.stride[0] + r * dense.dilation[0]
                 x = pixel(p) % tile_w * dense.stride[1] + s * dense.dilation[1]
-                return shared[reduced(y * halo_w + x, k)]
+                return shared[emit.lanes_from(reduced(y * halo_w + x, k), plan.core.vector)]
 
             with (
                 T.serial(dense.kernel[0]) as r,
                 T.serial(dense.kernel[1]) as s,
-                T.serial(plan.chunk, unroll=min(emit.UNROLL, plan.chunk)) as k,
+                emit.steps(plan.core, split, plan.chunk) as k,
             ):
-                emit.accumulate(acc, plan.core, load_reduced, lambda c: buffers["core"][chunk, r, s, k, column(c)])
-
-        def start(pixel: ir.Expr, column: ir.Expr) -> ir.Expr:
-            first = bias("core_bias", column)
-            return first if plan.chunks == 1 else T.if_then_else(chunk == 0, first, shared[cored(pixel, column)])
-
-        def store(pixel: ir.Expr, column: ir.Expr, value: ir.Expr, condition: ir.Expr | None) -> None:
-            emit.store_if(condition, shared, value, [cored(pixel, column)])
-
-        emit.product(plan.core, thread, plan.out_pixels, plan.shape.rank_out, start, multiply, store)
-
-    def expand() -> None:
-        def multiply(acc: tirx.Buffer, pixel: Load, column: Load) -> None:
-            with T.serial(plan.shape.rank_out, unroll=min(emit.UNROLL, plan.shape.rank_out)) as k:
                 emit.accumulate(
-                    acc, plan.expand, lambda p: shared[cored(pixel(p), k)], lambda c: buffers["expand"][k, column(c)]
+                    acc, plan.core, load_reduced, lambda j, c: buffers["core"][chunk, r, s, k + j, column(c)]
                 )
 
-        def start(pixel: ir.Expr, column: ir.Expr) -> ir.Expr:
-            return bias("expand_bias", column)
+        def store(pixel: ir.Expr, column: ir.Expr, value: ir.Expr, condition: ir.Expr | None) -> None:
+            before = bias("core_bias", column)
+            if plan.chunks > 1:
+                before = T.if_then_else(chunk == 0, before, shared[cored(pixel, column)])
+            emit.store_if(condition, shared, value + before, [cored(pixel, column)])
+
+        emit.product(plan.core, thread, shared, plan.out_pixels, plan.shape.rank_out, multiply, store)
+
+    def expand() -> None:
+        def multiply(acc: tirx.Buffer, split: ir.Expr, pixel: Load, column: Load) -> None:
+            def load_cored(p: ir.Expr) -> ir.Expr:
+                return shared[emit.lanes_from(cored(pixel(p), k), plan.expand.vector)]
+
+            with emit.steps(plan.expand, split, plan.shape.rank_out) as k:
+                emit.accumulate(acc, plan.expand, load_cored, lambda j, c: buffers["expand"][k + j, column(c)])
 
         def store(pixel: ir.Expr, column: ir.Expr, value: ir.Expr, condition: ir.Expr | None) -> None:
             at = (image, out_y0 + pixel // tile_w, out_x0 + pixel % tile_w, column)
@@ -304,9 +312,10 @@ def _emit(plan: _Plan, epilogue: Epilogue, buffers: dict[str, tirx.Buffer], bloc
                 at[2] < dense.out_width if dense.out_width % tile_w else None,
                 column < dense.out_channels if dense.out_channels % plan.expand.width else None,
             )
+            value = value + bias("expand_bias", column)
             emit.store_if(inside, buffers["out"], emit.finish(value, epilogue, buffers.get("residual"), at), at)
 
-        emit.product(plan.expand, thread, plan.out_pixels, dense.out_channels, start, multiply, store)
+        emit.product(plan.expand, thread, shared, plan.out_pixels, dense.out_channels, multiply, store)
 
     with T.serial(plan.chunks) as chunk:
         reduce_chunk(chunk)

@@ -33,9 +33,11 @@ using std::max;
 using std::min;
 #define __global__
 #define __launch_bounds__(n)
+struct alignas(16) float4 { float x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x; };
 static Index blockIdx, threadIdx;
-static float shared_memory[SHARED_BYTES / 4];
+alignas(64) static float shared_memory[SHARED_BYTES / 4];
 static ucontext_t scheduler;
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done = false; };
 static std::vector<Fiber> fibers;
@@ -118,7 +120,18 @@ class Emulator:
         path, library = folder / "kernels.cc", folder / "kernels.so"
         prelude = PRELUDE.replace("SHARED_BYTES", str(SHARED_BYTES))
         path.write_text("\n".join([prelude, source, *entries]))
-        command = [cc.get_cc(), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(path)]
+        command = [
+            cc.get_cc(),
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-fno-strict-aliasing",
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(library),
+            str(path),
+        ]
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library))
         self.names = {name: [param.name for param in func.params] for name, func in functions.items()}

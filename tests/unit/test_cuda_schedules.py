@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
-from cuda_emulator import Emulator, launch_of
+from cuda_emulator import Emulator, cuda_source, launch_of
 from tvm.target import Target
 
 from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler, find_cuda_compiler
@@ -18,11 +19,11 @@ from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue, TuckerConvShape
 
 _spec = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "scripts" / "gpu_check.py")
-assert _spec is not None and _spec.loader is not None
 gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gpu_check)
 
 H100 = GPUS["H100"]
+PLAIN = Epilogue()
 SAME = (1, 1, 1, 1)
 RESNET = [
     Conv2dShape(1, 224, 224, 3, 64, (7, 7), (2, 2), (3, 3, 3, 3)),
@@ -56,7 +57,7 @@ def weights_for(shape, bias=True):
     )
 
 
-def kernel_for(shape, config=None, epilogue=Epilogue(), device=H100, bias=True):
+def kernel_for(shape, config=None, epilogue=PLAIN, device=H100, bias=True):
     config = config or conv.choose(shape, device)[0]
     return conv.make_kernel(shape, epilogue, weights_for(shape, bias), config, device, "conv")
 
@@ -103,12 +104,23 @@ def test_padding_is_zero_after_the_first_bias(tmp_path):
     assert not emulate(tmp_path, [(case, config, H100) for config in conv.candidates(shape, H100)[:6]])
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 13])
-def test_the_first_rank_can_be_chunked(tmp_path, chunk):
-    shape = TuckerConvShape(Conv2dShape(1, 7, 6, 5, 9, (3, 3), (2, 1), padding=SAME), 13, 11)
+@pytest.mark.parametrize("threads", [64, 96])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 16])
+def test_the_first_rank_can_be_chunked(tmp_path, chunk, threads):
+    shape = TuckerConvShape(Conv2dShape(1, 7, 6, 8, 9, (3, 3), (2, 1), padding=SAME), 16, 12)
     case = gpu_check.Case(shape, Epilogue(True, 0.0), (True, True, True))
-    config = KernelConfig("tile", (("tile_h", 2), ("tile_w", 3), ("threads", 64), ("chunk", chunk)))
+    config = KernelConfig("tile", (("tile_h", 2), ("tile_w", 3), ("threads", threads), ("chunk", chunk)))
     assert not emulate(tmp_path, [(case, config, H100)])
+
+
+@pytest.mark.parametrize("chunk", [5, 13])
+@pytest.mark.parametrize("threads", [32, 256])
+def test_no_barrier_parts_a_pragma_from_its_loop(chunk, threads):
+    shape = TuckerConvShape(Conv2dShape(1, 8, 8, 32, 80, padding=(0, 0, 0, 0)), 13, 32)
+    config = KernelConfig("tile", (("tile_h", 4), ("tile_w", 4), ("threads", threads), ("chunk", chunk)))
+    lines = [line.strip() for line in cuda_source({"k": kernel_for(shape, config).func}).splitlines()]
+    assert lines.count("__syncthreads();") >= 2
+    assert not [after for line, after in pairwise(lines) if line.startswith("#pragma") and not after.startswith("for")]
 
 
 def test_outside_pixels_do_not_spread_nan(tmp_path):

@@ -87,10 +87,15 @@ def test_rejected_source_shows_the_log(monkeypatch, compiler):
 @pytest.mark.skipif(not can("nvrtc"), reason="needs the extra [cuda]")
 def test_everything_is_put_back():
     environment, callback = dict(os.environ), tvm_ffi.get_global_func(CALLBACK)
-    with pytest.raises(ZeroDivisionError), cuda_compiler(Target({"kind": "cuda", "arch": "sm_80"})):
-        assert str(Target.current().attrs["arch"]) == "sm_80"
-        assert not tvm_ffi.get_global_func(CALLBACK).same_as(callback)
-        raise ZeroDivisionError
+
+    def fail():
+        with cuda_compiler(Target({"kind": "cuda", "arch": "sm_80"})):
+            assert str(Target.current().attrs["arch"]) == "sm_80"
+            assert not tvm_ffi.get_global_func(CALLBACK).same_as(callback)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert Target.current(allow_none=True) is None
     assert tvm_ffi.get_global_func(CALLBACK).same_as(callback)
     assert dict(os.environ) == environment

@@ -1,0 +1,48 @@
+# make test   lint, types and all tests      (environment: .venv)
+# make demo   the main job on real images    (environment: .venv-demo, no PyTorch)
+# make check  lint and types only
+# make bench  build times and CPU latencies of the five CNNs, stored in scripts/results/
+PYTHON ?= python3
+VENV := .venv
+DEMO_VENV := .venv-demo
+PYTEST_ARGS ?=
+
+.PHONY: test check demo bench clean python-check
+
+test: check
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(DEMO_VENV)/bin/python scripts/demo/run_demo.py
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(VENV)/bin/python scripts/bench_cpu.py
+
+python-check:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.10 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "venv is missing: apt install python3-venv"; exit 1; }
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "a C++ compiler is missing: apt install g++"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | python-check
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet '.[train,tune,cuda,dev]'
+	touch $@
+
+$(DEMO_VENV)/.installed: pyproject.toml | python-check
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(DEMO_VENV)/bin/python -m pip install --quiet .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) build *.egg-info

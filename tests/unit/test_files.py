@@ -1,0 +1,83 @@
+import errno
+import os
+import stat
+
+import pytest
+
+from tdc_tvm.errors import TdcError
+from tdc_tvm.files import write_atomic
+
+
+def write_and_raise(path, error):
+    with write_atomic(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "plan.json"
+    target.write_text("old")
+    with write_atomic(target) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".json"
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_new_files_get_the_permissions_of_the_umask(tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    plain.touch()
+    with write_atomic(ours) as temporary:
+        temporary.write_text("x")
+    assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, FileNotFoundError])
+def test_a_failing_body_changes_nothing(tmp_path, raised):
+    target = tmp_path / "plan.json"
+    target.write_text("old")
+    with pytest.raises(raised):
+        write_and_raise(target, raised())
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_a_tool_may_create_the_file_anew(tmp_path):
+    with write_atomic(tmp_path / "model.so") as temporary:
+        temporary.unlink()
+        temporary.write_bytes(b"linked")
+    assert (tmp_path / "model.so").read_bytes() == b"linked"
+
+
+def test_follows_symbolic_links(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with write_atomic(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_refuses_a_missing_directory_and_what_is_not_a_file(tmp_path):
+    with pytest.raises(TdcError, match="does not exist; create it"), write_atomic(tmp_path / "absent" / "x"):
+        pass
+    for target in (tmp_path, "/dev/null"):
+        with pytest.raises(TdcError, match="not a regular file"), write_atomic(target):
+            pass
+
+
+def test_no_permission_is_the_users_mistake(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(TdcError, match="no permission"), write_atomic(tmp_path / "x"):
+        pass
+
+
+def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path):
+    with pytest.raises(TdcError, match="no space left"):
+        write_and_raise(tmp_path / "x", OSError(errno.ENOSPC, "full"))
+    assert not os.listdir(tmp_path)
