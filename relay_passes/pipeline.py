@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import tvm
 from tvm import relax
 from tvm.target import Target
@@ -12,6 +13,8 @@ from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.schedules.device import DeviceSpec
+
+_PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 
 
 @tvm.transform.module_pass(opt_level=0, name="ConvertToNhwc")
@@ -22,20 +25,27 @@ def convert_to_nhwc(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.I
     except tvm.error.InternalError:
         # TVM 0.27 aborts on operators that change the rank (stack, for one) of a converted value.
         return mod
-    return tvm.transform.Sequential(
-        [
-            relax.transform.FoldConstant(),
-            relax.transform.EliminateCommonSubexpr(),
-            relax.transform.DeadCodeElimination(),
-        ]
-    )(mod)
+    mod["main"] = _PermuteConstants().visit_expr(mod["main"])
+    # The conversion permutes a value once for each of its users.
+    return relax.transform.EliminateCommonSubexpr()(relax.transform.CanonicalizeBindings()(mod))
+
+
+@relax.expr_functor.mutator
+class _PermuteConstants(relax.PyExprMutator):
+    """Evaluates ``permute_dims`` of constants; FoldConstant would compile a function for each."""
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if call.op == _PERMUTE and isinstance(call.args[0], tvm.ir.GenericConst):
+            axes = None if call.attrs.axes is None else [int(axis) for axis in call.attrs.axes]
+            return relax.const(np.ascontiguousarray(np.transpose(call.args[0].value.numpy(), axes)))
+        return call
 
 
 def graph_passes(device: DeviceSpec, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
     """From an imported model to kernels for every convolution, high-level operators around them."""
     return [
-        # Canonical form: constants evaluated, inference-time operators, channels last.
-        relax.transform.FoldConstant(),
+        # Canonical form: inference-time operators, constants evaluated, channels last.
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,30 +93,60 @@ def cxx_compiler() -> str:
     return path
 
 
-def write_library(executable: tvm.runtime.Executable, metadata: Metadata, path: str | os.PathLike) -> None:
-    """Link an executable and its description into a shared library.
+class ObjectFiles:
+    """An executable's machine code in a temporary folder, linked once to run here and once more for each export.
 
-    Raises
-    ------
-    TdcError
-        If the path cannot be written or there is no C++ compiler.  An existing file survives.
+    Parameters
+    ----------
+    executable : tvm.runtime.Executable
+        What ``relax.build`` returns; its code is generated now.
     """
-    if Path(path).suffix != ".so":
-        raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
-    text = json.dumps(asdict(metadata)).encode()
-    with tempfile.TemporaryDirectory() as folder, write_atomic(path) as temporary, without_scope_warnings():
-        blob, source = Path(folder, "metadata.json"), Path(folder, "metadata.s")
-        blob.write_bytes(text)
+
+    def __init__(self, executable: tvm.runtime.Executable) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tdc-")
+        self._files: list[str] = []
+        self._options: list[str] | None = None
+        with without_scope_warnings():
+            executable.export_library("model.so", fcompile=self._keep_files(), workspace_dir=self._folder.name)
+
+    def _keep_files(self) -> Callable:
+        def keep(output: str, files: list[str], options: list[str] | None = None) -> None:
+            self._files, self._options = list(files), options
+
+        keep.object_format = "o"  # type: ignore[attr-defined]
+        return keep
+
+    def link(self, metadata: Metadata, path: str | os.PathLike) -> None:
+        """Write the shared library with its description.
+
+        Raises
+        ------
+        TdcError
+            If the path cannot be written, or linking fails.  An existing file survives.
+        """
+        if Path(path).suffix != ".so":
+            raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
+        blob, source = Path(self._folder.name, "metadata.json"), Path(self._folder.name, "metadata.s")
+        blob.write_text(json.dumps(asdict(metadata)))
         source.write_text(f'.section {SECTION},"a"\n.incbin "{blob}"\n.section .note.GNU-stack,"",@progbits\n')
-        temporary.unlink()  # the linker creates it anew
-        executable.export_library(str(temporary), fcompile=_link, addons=[str(source)], workspace_dir=folder)
+        with write_atomic(path) as temporary:
+            try:
+                cc.create_shared(str(temporary), [*self._files, str(source)], self._options, cc=cxx_compiler())
+            except RuntimeError as error:
+                raise TdcError(f"linking {path} failed: {error}") from None
+
+    def load(self, metadata: Metadata) -> tvm.runtime.Module:
+        """Link into the temporary folder and load."""
+        path = Path(self._folder.name, "here.so")
+        self.link(metadata, path)
+        return load_module(path)
 
 
-def _link(output: str, objects: list[str], options: list[str] | None = None, **_: object) -> None:
-    cc.create_shared(output, objects, options, cc=cxx_compiler())
-
-
-_link.object_format = "o"  # type: ignore[attr-defined]
+def load_module(path: str | os.PathLike) -> tvm.runtime.Module:
+    """Load a library's code."""
+    with without_scope_warnings():
+        # A relative path without a slash would be looked up in the system's library folders.
+        return tvm.runtime.load_module(os.path.abspath(path))
 
 
 def read_metadata(path: str | os.PathLike) -> Metadata:

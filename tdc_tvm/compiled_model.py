@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 import tvm.runtime.vm
 
-from tdc_tvm.artifact import Metadata, check_runs_here, read_metadata, write_library
+from tdc_tvm.artifact import Metadata, ObjectFiles, check_runs_here, load_module, read_metadata
 from tdc_tvm.errors import TdcError
+from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
-from tdc_tvm.quiet import without_scope_warnings
 from tdc_tvm.report import BuildReport
 
 
@@ -32,19 +34,11 @@ class CompiledModel:
         What the compiler decided, layer by layer.
     """
 
-    def __init__(
-        self,
-        metadata: Metadata,
-        executable: tvm.runtime.Executable | None = None,
-        module: tvm.runtime.Module | None = None,
-        library: bytes | None = None,
-    ) -> None:
+    def __init__(self, metadata: Metadata, code: ObjectFiles | Path) -> None:
         self.metadata = metadata
-        self._executable = executable
-        self._module = module
-        self._library = library
-        self._vm: tvm.runtime.vm.VirtualMachine | None = None
         self.report = BuildReport.from_dict(metadata.report)
+        self._code = code
+        self._vm: tvm.runtime.vm.VirtualMachine | None = None
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -132,14 +126,14 @@ class CompiledModel:
         TdcError
             If the path cannot be written; an existing file survives a failure.
         """
-        if self._executable is not None:
-            write_library(self._executable, self.metadata, path)
+        if isinstance(self._code, ObjectFiles):
+            self._code.link(self.metadata, path)
             return
-        from tdc_tvm.files import write_atomic
-
-        assert self._library is not None, "a loaded model keeps its library"
         with write_atomic(path) as temporary:
-            temporary.write_bytes(self._library)
+            try:
+                shutil.copyfile(self._code, temporary)
+            except FileNotFoundError:
+                raise TdcError(f"cannot export: {self._code}, which this model was loaded from, is gone") from None
 
     @property
     def device(self) -> tvm.runtime.Device:
@@ -151,11 +145,9 @@ class CompiledModel:
         """TVM's virtual machine, started at first use."""
         if self._vm is None:
             check_runs_here(self.metadata, "the model")
-            if self._module is None:
-                assert self._executable is not None, "a model has an executable or a module"
-                with without_scope_warnings():
-                    self._module = self._executable.jit()
-            self._vm = tvm.runtime.vm.VirtualMachine(self._module, self.device)
+            code = self._code
+            module = code.load(self.metadata) if isinstance(code, ObjectFiles) else load_module(code)
+            self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
         return self._vm
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
@@ -228,9 +220,6 @@ def load(path: str | os.PathLike) -> CompiledModel:
     """
     metadata = read_metadata(path)
     check_runs_here(metadata, path)
-    with open(path, "rb") as file:
-        library = file.read()
-    # A relative path without a slash would be looked up in the system's library folders.
-    with without_scope_warnings():
-        module = tvm.runtime.load_module(os.path.abspath(path))
-    return CompiledModel(metadata, module=module, library=library)
+    model = CompiledModel(metadata, Path(path).resolve())
+    _ = model.machine  # loads the code now, so that a faulty file is found here
+    return model

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
-from tdc_tvm.artifact import Metadata, check_runs_here, cxx_compiler, host_features
+from tdc_tvm.artifact import Metadata, ObjectFiles, check_runs_here, cxx_compiler, host_features
 from tdc_tvm.compiled_model import CompiledModel
 from tdc_tvm.cuda_toolchain import cuda_compiler
 from tdc_tvm.errors import TdcError
@@ -122,9 +122,8 @@ def build(
             )
         outputs = _outputs(job.proto, mod)
         progress("generating code")
-        executable = relax.build(
-            tvm.transform.Sequential(lowering_passes(job.target))(mod), job.target, relax_pipeline=None
-        )
+        mod = tvm.transform.Sequential(lowering_passes(job.target))(mod)
+        code = ObjectFiles(relax.build(mod, job.target, relax_pipeline=None))
     report = replace(report, build_seconds=time.perf_counter() - start)
     metadata = Metadata(
         inputs=tuple(job.inputs),
@@ -137,7 +136,7 @@ def build(
         source_sha256=job.source_sha256,
         report=report.to_dict(),
     )
-    compiled = CompiledModel(metadata, executable)
+    compiled = CompiledModel(metadata, code)
     if verify:
         progress("verifying")
         compiled.report = replace(report, verification=_verification(compiled, reference, atol, rtol, seed))

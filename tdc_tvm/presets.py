@@ -1,4 +1,4 @@
-"""The ranks that TDC's released artifact uses for torchvision's CNNs (Xiang et al., PPoPP 2023)."""
+"""The ranks that TDC's authors released for torchvision's CNNs (Xiang et al., PPoPP 2023), as (rank_out, rank_in)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ _RESNET18 = {
     3: [(96, 96), (96, 128), (96, 128), (96, 128)],
     4: [(160, 160), (160, 192), (160, 192), (160, 192)],
 }
-_RESNET50 = {1: (3, (32, 32)), 2: (4, (32, 32)), 3: (6, (32, 64)), 4: (3, (64, 96))}
-# Indices of the convolutions in ``features`` after the first, each list one resolution.
-_VGG16_BN = [(3,), (7, 10), (14, 17, 20), (24, 27, 30), (34, 37, 40)]
-_VGG16 = [(2,), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]
-_VGG_RANKS = [(32, 64), (32, 64), (64, 96), (96, 160), (96, 160)]
+_RESNET50 = {
+    1: [(32, 64), (32, 32), (32, 32)],
+    2: [(32, 32), (32, 64), (32, 64), (32, 64)],
+    3: [(32, 64)] * 6,
+    4: [(64, 96)] * 3,
+}
+# Of the twelve convolutions after the first.
+_VGG16 = [*[(32, 64)] * 5, (64, 64), *[(96, 160)] * 2, *[(96, 192)] * 4]
+_VGG16_INDICES = (2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_VGG16_BN_INDICES = (3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)
 
 Layers = dict[str, tuple[int, int]]
 
@@ -27,12 +32,14 @@ def _resnet18() -> Layers:
 
 def _resnet50() -> Layers:
     return {
-        f"layer{stage}.{block}.conv2": ranks for stage, (blocks, ranks) in _RESNET50.items() for block in range(blocks)
+        f"layer{stage}.{block}.conv2": ranks
+        for stage, stage_ranks in _RESNET50.items()
+        for block, ranks in enumerate(stage_ranks)
     }
 
 
-def _vgg(indices: list[tuple[int, ...]]) -> Layers:
-    return {f"features.{index}": ranks for group, ranks in zip(indices, _VGG_RANKS, strict=True) for index in group}
+def _vgg16(indices: tuple[int, ...]) -> Layers:
+    return {f"features.{index}": ranks for index, ranks in zip(indices, _VGG16, strict=True)}
 
 
 def _densenet(blocks: tuple[int, ...], ranks: tuple[int, int]) -> Layers:
@@ -47,8 +54,8 @@ def _densenet(blocks: tuple[int, ...], ranks: tuple[int, int]) -> Layers:
 PRESETS: dict[str, Layers] = {
     "resnet18": _resnet18(),
     "resnet50": _resnet50(),
-    "vgg16": _vgg(_VGG16),
-    "vgg16_bn": _vgg(_VGG16_BN),
+    "vgg16": _vgg16(_VGG16_INDICES),
+    "vgg16_bn": _vgg16(_VGG16_BN_INDICES),
     "densenet121": _densenet((6, 12, 24, 16), (32, 32)),
     "densenet201": _densenet((6, 12, 48, 32), (32, 64)),
 }

@@ -106,7 +106,7 @@ class BuildReport:
             "predicted us",
             "why not fused",
         ]
-        hidden = {"config", "kind"} if not wide else set()
+        hidden = {"config", "kind", "strategy"} if not wide else set()
         if not self.unfused:
             hidden.add("why not fused")
         for column in columns:

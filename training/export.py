@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from tdc_tvm.errors import TdcError
@@ -119,10 +120,10 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: int, dy
 
 def _tag(proto: onnx.ModelProto, model: nn.Module) -> None:
     """Name convolutions after their modules, and drop the exporter's notes, which hold file paths."""
-    modules = dict(model.named_modules())
-    tucker = {name: module for name, module in modules.items() if isinstance(module, TuckerConv2d)}
+    convs = {name for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+    tucker = {name: module for name, module in model.named_modules() if isinstance(module, TuckerConv2d)}
     for node in proto.graph.node:
-        layer = _module_path(node, modules) if node.op_type.startswith("Conv") else None
+        layer = _module_path(node, convs) if node.op_type.startswith("Conv") else None
         del node.metadata_props[:]
         node.doc_string = ""
         if layer is None:
@@ -146,18 +147,18 @@ def _tag(proto: onnx.ModelProto, model: nn.Module) -> None:
         onnx.helper.set_model_props(proto, {"tdc.plan": json.dumps(plan.to_dict())})
 
 
-def _module_path(node: onnx.NodeProto, modules: dict[str, nn.Module]) -> str | None:
-    """The module that a convolution node comes from.
+def _module_path(node: onnx.NodeProto, convs: set[str]) -> str | None:
+    """The module that a convolution node comes from; None if it comes from a plain function call.
 
     The weight is named after it.  Where the exporter made a new weight, its note on scopes tells;
     batch normalisation that was folded in overwrites that note, so it comes second.
     """
     path = node.input[1].removesuffix(".weight")
-    if path in modules:
+    if path in convs:
         return path
     notes = {prop.key: prop.value for prop in node.metadata_props}
     scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
-    return next((scope for scope in reversed(scopes) if scope in modules), None)
+    return next((scope for scope in reversed(scopes) if scope in convs), None)
 
 
 def _verify(

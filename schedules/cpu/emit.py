@@ -3,8 +3,8 @@
 Accumulators are one buffer per vector, in ``global`` scope and far below the 1024 bytes under which TVM's
 LowerTVMBuiltin leaves an allocation on the stack: that is what lets LLVM keep them in registers.  The
 scope ``local`` would turn each into a heap allocation.  StorageRewrite may lay buffers whose lives do not overlap
-over each other and then fails if their element types differ, so a function uses one vector width for all of its
-accumulators, and scratch memory is never small enough to be taken for one.
+over each other and then fails if their element types differ: a function uses one vector width for all of its
+accumulators.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from tvm.tirx.script.builder import ir as T
 from tdc_tvm.schedules.shape import Epilogue
 
 Index = Any  # an int or a TIR expression
+
+# DLPack's codes for the CPU and for floats.
+_CPU, _FLOAT = 1, 2
 
 
 def vector_type(lanes: int) -> str:
@@ -50,13 +53,19 @@ def accumulator(lanes: int, value: Any) -> Any:
     return register
 
 
-def scratch(count: int) -> Any:
-    """Workspace of at least ``count`` elements for the task that is being written.
+@contextmanager
+def workspace(count: int) -> Iterator[Any]:
+    """Scratch memory of ``count`` elements, from TVM's pool of the running thread.
 
-    It is used through an alias: CompactBufferAllocation would otherwise spend up to a second on its accesses.
+    Asked for here and not through an allocation node: with one, CompactBufferAllocation spends up to a second on
+    the accesses of a kernel, and StorageRewrite may lay it over the accumulators.
     """
-    size = max(count, 1024)
-    return T.decl_buffer((size,), "float32", data=T.alloc_buffer((size,), "float32").data)
+    pointer = T.handle("float32", "global").ty
+    size = tirx.const(4 * max(count, 1), "uint64")
+    data = tirx.call_intrin(pointer, "tirx.TVMBackendAllocWorkspace", _CPU, 0, size, _FLOAT, 32)
+    buffer = T.decl_buffer((max(count, 1),), "float32", data=data)
+    yield buffer
+    T.evaluate(T.TVMBackendFreeWorkspace(_CPU, 0, buffer.data))
 
 
 @contextmanager
@@ -188,7 +197,7 @@ class Sink:
 
     buffer: Any
     base: Index = 0
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = Epilogue()  # noqa: RUF009
     residual: Any = None
 
     def put(self, offset: Index, value: Any, lanes: int) -> None:

@@ -38,7 +38,11 @@ class ScheduleGenericCpu:
         changed = {}
         for name, func in mod.functions_items():
             attrs = getattr(func, "attrs", None) or {}
-            if isinstance(func, tirx.PrimFunc) and attrs.get("s_tir", False) and not attrs.get("tirx.is_scheduled", False):
+            if (
+                isinstance(func, tirx.PrimFunc)
+                and attrs.get("s_tir", False)
+                and not attrs.get("tirx.is_scheduled", False)
+            ):
                 changed[name] = schedule_function(func, device).with_attr("tirx.is_scheduled", True)
         mod.update(tvm.IRModule(changed))
         return mod

@@ -132,6 +132,23 @@ def test_several_inputs_and_outputs(tmp_path):
     assert [value.name for value in proto.graph.output] == ["output_0", "output_1"]
 
 
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(3, 3, 3, 3))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+        self.shared = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.shared(self.shared(self.normed(nn.functional.conv2d(x, self.kernel))).relu())
+
+
+def test_names_of_computed_shared_and_functional_convolutions(tmp_path):
+    proto = export_onnx(Names(), (1, 3, 6, 6), tmp_path / "names.onnx")
+    names = [props(node).get("tdc.layer") for node in proto.graph.node if node.op_type == "Conv"]
+    assert names == [None, "normed", "shared", "shared"]
+
+
 def test_half_precision(tmp_path):
     proto = export_onnx(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).half(), (1, 3, 8, 8), tmp_path / "half.onnx")
     assert {tensor.data_type for tensor in proto.graph.initializer} == {onnx.TensorProto.FLOAT16}
