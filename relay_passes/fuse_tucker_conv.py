@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import tvm
 
@@ -37,7 +38,7 @@ class FuseTuckerConv:
         chains: list[Chain] = []
         refused: list[LayerReport] = []
         for stages in _candidates(graph):
-            name = self._name(stages)
+            name = self._name(stages, graph)
             shared = next((taken[stage.var] for stage in stages if stage.var in taken), None)
             reason = f"one of its convolutions already belongs to {shared}" if shared else _reason(graph, stages)
             if reason:
@@ -55,12 +56,15 @@ class FuseTuckerConv:
             chains.append(Chain(TUCKER_CONV, name, variables))
         return add_layers(outline(mod, graph.values, chains), refused)
 
-    def _name(self, stages: tuple[Conv, Conv, Conv]) -> str:
+    def _name(self, stages: tuple[Conv, Conv, Conv], graph: Graph) -> str:
+        """The metadata's name; else the module path that the three share and no other convolution; else the core's."""
         names = [stage.name for stage in stages]
         if names[1] in self.layer_names:
             return self.layer_names[names[1]]
-        shared = [parts[0] for parts in zip(*(name.split(".") for name in names), strict=False) if len(set(parts)) == 1]
-        return ".".join(shared) or names[1]
+        paths = zip(*(name.split(".") for name in names), strict=False)
+        shared = "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, paths))
+        inside = [conv for conv in graph.convs.values() if conv.name.startswith(shared)]
+        return shared[:-1] if shared and len(inside) == len(stages) else names[1]
 
 
 def _candidates(graph: Graph) -> Iterator[tuple[Conv, Conv, Conv]]:

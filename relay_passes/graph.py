@@ -204,7 +204,8 @@ def _clip_bounds(call: relax.Call) -> tuple[float | None, float | None] | None:
     if call.op == _RELU:
         return 0.0, None
     for arg in call.args:
-        if isinstance(arg, tvm.ir.GenericConst) and arg.value.numpy().size == 1:
+        # A constant of a higher rank would raise the result's.
+        if isinstance(arg, tvm.ir.GenericConst) and len(arg.value.shape) <= 4 and arg.value.numpy().size == 1:
             bound = float(arg.value.numpy().reshape(-1)[0])
             return (bound, None) if call.op == _MAX else (None, bound)
     return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
 import onnx
 import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
+
+from tdc_tvm.errors import TdcError
 
 CONV_OP = tvm.ir.Op.get("relax.nn.conv2d")
 
@@ -86,15 +90,40 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
     -------
     tvm.IRModule
         ``main`` takes the model's inputs in order.  The variable that holds a convolution's result
-        is called after its name (`conv_name` reads it); passes keep variables' names.
+        is called after its name (`conv_name` reads it).
+
+    Raises
+    ------
+    TdcError
+        If TVM cannot import the model.
     """
-    with _our_converters():
-        mod = onnx_frontend.from_onnx(model)
-    main = mod["main"]
-    convs = [b.var for block in main.body.blocks for b in block.bindings if is_conv2d(b.value)]
-    if len(convs) == len(conv_names):
-        mod["main"] = _Renamer(dict(zip(convs, conv_names, strict=True))).visit_expr(main)
+    printed = io.StringIO()
+    try:
+        with _our_converters(), redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about names of variables, which nobody sees
+            mod = onnx_frontend.from_onnx(model)
+    except Exception as error:  # whatever an operator's converter raises
+        # The importer prints which operator it was.
+        found = re.search(r"converting operator (\w+)", printed.getvalue())
+        culprit = f"the operator {found[1]}" if found else "the model"
+        raise TdcError(
+            f"TVM cannot import {culprit}: {str(error).strip() or type(error).__name__}\n"
+            "Check the model with onnx.checker.check_model(model, full_check=True); if it is valid, replace what TVM names"
+        ) from error
+    return name_convs(mod, conv_names)
+
+
+def name_convs(mod: tvm.IRModule, names: Sequence[str]) -> tvm.IRModule:
+    """Call the variables of ``main``'s convolutions by ``names``, in order; other numbers of both change nothing."""
+    convs = conv_vars(mod["main"])
+    if len(convs) == len(names):
+        mod["main"] = _Renamer(dict(zip(convs, names, strict=True))).visit_expr(mod["main"])
     return mod
+
+
+def conv_vars(function: relax.Function) -> list[relax.Var]:
+    """The variables that hold a convolution's result, in order."""
+    return [b.var for block in function.body.blocks for b in block.bindings if is_conv2d(b.value)]
 
 
 def is_conv2d(value: relax.Expr) -> bool:

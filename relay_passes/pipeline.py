@@ -11,6 +11,7 @@ from tvm.target import Target
 
 from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
+from tdc_tvm.relay_passes.import_onnx import conv_name, conv_vars, name_convs
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.schedules.device import DeviceSpec
 
@@ -20,11 +21,13 @@ _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 @tvm.transform.module_pass(opt_level=0, name="ConvertToNhwc")
 def convert_to_nhwc(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
     """Put channels last everywhere; where TVM's conversion fails, layers convert at their own borders."""
+    names = [conv_name(var) for var in conv_vars(mod["main"])]
     try:
         mod = relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OIHW"]})(mod)
     except tvm.error.InternalError:
         # TVM 0.27 aborts on operators that change the rank (stack, for one) of a converted value.
         return mod
+    mod = name_convs(mod, names)  # a model's output is permuted back, and that takes its variable
     mod["main"] = _PermuteConstants().visit_expr(mod["main"])
     # The conversion permutes a value once for each of its users.
     return relax.transform.EliminateCommonSubexpr()(relax.transform.CanonicalizeBindings()(mod))
@@ -38,7 +41,8 @@ class _PermuteConstants(relax.PyExprMutator):
         call = super().visit_call_(call)
         if call.op == _PERMUTE and isinstance(call.args[0], tvm.ir.GenericConst):
             axes = None if call.attrs.axes is None else [int(axis) for axis in call.attrs.axes]
-            return relax.const(np.ascontiguousarray(np.transpose(call.args[0].value.numpy(), axes)))
+            value = np.ascontiguousarray(np.transpose(call.args[0].value.numpy(), axes))
+            return relax.const(value, str(value.dtype))  # without its type, 64 bits would become 32
         return call
 
 

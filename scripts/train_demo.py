@@ -128,9 +128,7 @@ def load_data(folder: Path | None) -> Data:
         folder = cache / "FashionMNIST" / "raw"
     folder = folder or DEBIAN_DATA
     files = [
-        folder / f"{part}-{what}-ubyte.gz"
-        for part in ("train", "t10k")
-        for what in ("images-idx3", "labels-idx1")
+        folder / f"{part}-{what}-ubyte.gz" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
     ]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise SystemExit(f"the data set is incomplete: no {', '.join(missing)}")
@@ -205,7 +203,9 @@ def train(model: nn.Module, data: Data, args: argparse.Namespace, console: Conso
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, momentum=0.9, nesterov=True,
+        lr=args.lr,
+        momentum=0.9,
+        nesterov=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, total_steps=args.epochs * steps, pct_start=0.2
@@ -213,7 +213,10 @@ def train(model: nn.Module, data: Data, args: argparse.Namespace, console: Conso
     generator = torch.Generator(device).manual_seed(args.seed)
     history = []
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs, left:"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs, left:"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tvm
-from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from tvm.support import cc
 from tvm.target import Target
@@ -32,6 +32,8 @@ _CPU_FEATURES = (
     "avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi",
     "bmi1", "bmi2", "f16c", "fma", "gfni", "vaes",
 )  # fmt: skip
+# From ELF's names of processors to those of platform.machine().
+_MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,24 @@ def cxx_compiler() -> str:
         raise TdcError(
             "no C++ compiler found; linking a model needs one: install g++ (Debian, Ubuntu: apt install g++) or set CXX"
         )
+    if shutil.which(path) is None:
+        raise TdcError(f"the C++ compiler {path!r}, which CXX or CC names, is not a program; set CXX to one, such as g++")
     return path
+
+
+def check_library_path(path: str | os.PathLike) -> None:
+    """Refuse a path that a library cannot be written to, before the work is done.
+
+    Raises
+    ------
+    TdcError
+        If the name does not end in .so, or the directory is missing.
+    """
+    if Path(path).suffix != ".so":
+        raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise TdcError(f"cannot write {path}: the directory {folder} does not exist; create it first")
 
 
 class ObjectFiles:
@@ -124,16 +143,16 @@ class ObjectFiles:
         TdcError
             If the path cannot be written, or linking fails.  An existing file survives.
         """
-        if Path(path).suffix != ".so":
-            raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
+        check_library_path(path)
         blob, source = Path(self._folder.name, "metadata.json"), Path(self._folder.name, "metadata.s")
-        blob.write_text(json.dumps(asdict(metadata)))
-        source.write_text(f'.section {SECTION},"a"\n.incbin "{blob}"\n.section .note.GNU-stack,"",@progbits\n')
         with write_atomic(path) as temporary:
+            blob.write_text(json.dumps(asdict(metadata)))
+            source.write_text(f'.section {SECTION},"a"\n.incbin "{blob}"\n.section .note.GNU-stack,"",@progbits\n')
             try:
                 cc.create_shared(str(temporary), [*self._files, str(source)], self._options, cc=cxx_compiler())
             except RuntimeError as error:
-                raise TdcError(f"linking {path} failed: {error}") from None
+                hint = f"; for {metadata.machine} set CXX to a cross compiler" if _is_foreign(metadata) else ""
+                raise TdcError(f"linking {path} failed{hint}: {error}") from None
 
     def load(self, metadata: Metadata) -> tvm.runtime.Module:
         """Link into the temporary folder and load."""
@@ -143,10 +162,23 @@ class ObjectFiles:
 
 
 def load_module(path: str | os.PathLike) -> tvm.runtime.Module:
-    """Load a library's code."""
-    with without_scope_warnings():
-        # A relative path without a slash would be looked up in the system's library folders.
-        return tvm.runtime.load_module(os.path.abspath(path))
+    """Load a library's code.
+
+    Raises
+    ------
+    TdcError
+        If the dynamic linker or TVM refuses it.
+    """
+    # The dynamic linker knows loaded libraries by name, and would give the old code for a file that
+    # has been replaced since; by a name that is used once, it looks at the file itself.
+    with tempfile.TemporaryDirectory(prefix="tdc-") as folder, without_scope_warnings():
+        link = Path(folder, "model.so")
+        link.symlink_to(os.path.abspath(path))
+        try:
+            return tvm.runtime.load_module(str(link))
+        except RuntimeError as error:
+            reason = str(error).strip().replace(str(link), str(path))
+            raise TdcError(f"{path} cannot be loaded; build it again on this machine: {reason}") from None
 
 
 def read_metadata(path: str | os.PathLike) -> Metadata:
@@ -159,10 +191,11 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     """
     try:
         with open(path, "rb") as file:
+            magic = file.read(4)
             elf = ELFFile(file)
             section = elf.get_section_by_name(SECTION)
             data = section.data() if section is not None else None
-            machine = elf.get_machine_arch()
+            machine = _MACHINES.get(elf.header["e_machine"], str(elf.header["e_machine"]))
             truncated = (
                 elf.header["e_shoff"] + elf.header["e_shnum"] * elf.header["e_shentsize"]
                 > os.fstat(file.fileno()).st_size
@@ -170,7 +203,9 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     except OSError as error:
         raise TdcError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged header makes the parser fail in any way
-        what = "not a shared library" if isinstance(error, ELFError) else "damaged or truncated"
+        if magic == b"\x7fELF":
+            raise TdcError(f"{path} is damaged or truncated ({error}); copy or build it again") from None
+        what = "not a shared library" if magic else "empty"
         raise TdcError(f"{path} is {what}; expected a .so written by export_library or 'tdc build'") from None
     if truncated:
         raise TdcError(f"{path} is truncated; copy it again")
@@ -186,11 +221,20 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
         raise TdcError(f"the description in {path} is damaged; build or copy the library again") from None
     if version != FORMAT_VERSION:
         raise TdcError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}; build it again")
-    tensors = {
-        key: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in fields[key])
-        for key in ("inputs", "outputs")
-    }
-    return Metadata(**{**fields, **tensors, "cpu_features": tuple(fields["cpu_features"])})
+    try:
+        tensors = {
+            key: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in fields[key])
+            for key in ("inputs", "outputs")
+        }
+        result = Metadata(**{**fields, **tensors, "cpu_features": tuple(fields["cpu_features"])})
+    except (KeyError, TypeError):
+        raise TdcError(f"the description in {path} is damaged; build or copy the library again") from None
+    if machine != result.machine:
+        raise TdcError(
+            f"{path} holds code for {machine} machines and a description for {result.machine};"
+            " it is damaged: build or copy it again"
+        )
+    return result
 
 
 def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:
@@ -201,7 +245,7 @@ def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:
     TdcError
         Naming what the library needs and what is here.
     """
-    if metadata.machine != platform.machine():
+    if _is_foreign(metadata):
         raise TdcError(
             f"{path} was built for {metadata.machine} machines, this one is {platform.machine()};"
             " build it for this machine"
@@ -219,6 +263,10 @@ def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:
         )
     if metadata.kind == "cuda":
         _check_gpu(metadata.arch, path)
+
+
+def _is_foreign(metadata: Metadata) -> bool:
+    return metadata.machine != platform.machine()
 
 
 def local_cpu_features() -> tuple[str, ...]:

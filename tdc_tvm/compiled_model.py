@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,22 @@ import numpy as np
 import tvm
 import tvm.runtime.vm
 
-from tdc_tvm.artifact import Metadata, ObjectFiles, check_runs_here, load_module, read_metadata
+from tdc_tvm.artifact import (
+    Metadata,
+    ObjectFiles,
+    check_library_path,
+    check_runs_here,
+    load_module,
+    read_metadata,
+)
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
 from tdc_tvm.report import BuildReport
+
+# TVM's kernels load vectors and take tensors to begin at multiples of this many bytes.
+_ALIGNMENT = 64
+_DLPACK_CPU = 1
 
 
 class CompiledModel:
@@ -38,6 +50,8 @@ class CompiledModel:
         self.metadata = metadata
         self.report = BuildReport.from_dict(metadata.report)
         self._code = code
+        self._code_state = _file_state(code) if isinstance(code, Path) else None
+        self._lock = threading.RLock()
         self._vm: tvm.runtime.vm.VirtualMachine | None = None
 
     @property
@@ -55,7 +69,7 @@ class CompiledModel:
         return f"CompiledModel({inputs} on {self.metadata.arch}, {len(self.report.fused)} fused Tucker layers)"
 
     def run(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+        """Run the model.  Calls from several threads take turns.
 
         Parameters
         ----------
@@ -76,9 +90,10 @@ class CompiledModel:
             model was built for another machine.
         """
         values = self._bind(args, kwargs)
-        wants_torch = any(type(value).__module__.split(".")[0] == "torch" for value in values)
+        wants_torch = any(_is_torch(value) for value in values)
         tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
-        result = self.machine["main"](*tensors)
+        with self._lock:  # TVM's virtual machine runs one call at a time
+            result = self.machine["main"](*tensors)
         results = (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
         if wants_torch:
             torch = sys.modules["torch"]
@@ -113,7 +128,8 @@ class CompiledModel:
         main, device = self.machine["main"], self.device
 
         def call() -> None:
-            main(*tensors)
+            with self._lock:
+                main(*tensors)
             device.sync()
 
         return call
@@ -129,11 +145,14 @@ class CompiledModel:
         if isinstance(self._code, ObjectFiles):
             self._code.link(self.metadata, path)
             return
+        check_library_path(path)
+        if _file_state(self._code) != self._code_state:
+            raise TdcError(
+                f"cannot export: {self._code}, which this model was loaded from, is gone or has changed since;"
+                " load it again"
+            )
         with write_atomic(path) as temporary:
-            try:
-                shutil.copyfile(self._code, temporary)
-            except FileNotFoundError:
-                raise TdcError(f"cannot export: {self._code}, which this model was loaded from, is gone") from None
+            shutil.copyfile(self._code, temporary)
 
     @property
     def device(self) -> tvm.runtime.Device:
@@ -143,12 +162,13 @@ class CompiledModel:
     @property
     def machine(self) -> tvm.runtime.vm.VirtualMachine:
         """TVM's virtual machine, started at first use."""
-        if self._vm is None:
-            check_runs_here(self.metadata, "the model")
-            code = self._code
-            module = code.load(self.metadata) if isinstance(code, ObjectFiles) else load_module(code)
-            self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
-        return self._vm
+        with self._lock:
+            if self._vm is None:
+                check_runs_here(self.metadata, "the model")
+                code = self._code
+                module = code.load(self.metadata) if isinstance(code, ObjectFiles) else load_module(code)
+                self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
+            return self._vm
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
         names = [info.name for info in self.inputs]
@@ -169,18 +189,48 @@ class CompiledModel:
     def _tensor(self, value: Any, info: TensorInfo) -> tvm.runtime.Tensor:
         if isinstance(value, np.ndarray):
             _check(info, value.shape, value.dtype.name)
-            return tvm.runtime.tensor(np.ascontiguousarray(value), self.device)
+            return tvm.runtime.tensor(np.asarray(value, value.dtype.newbyteorder("="), order="C"), self.device)
         if not hasattr(value, "__dlpack__"):
             raise TdcError(
                 f"input {info.name!r} is a {type(value).__name__}; expected a NumPy array or a DLPack tensor"
             )
-        _check(info, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        if type(value).__module__.split(".")[0] == "torch":
-            value = value.detach().contiguous()
-        tensor = tvm.runtime.from_dlpack(value)
+        try:
+            tensor = _from_dlpack(value)
+        except Exception as error:  # each library has its own for what it cannot hand over
+            raise TdcError(
+                f"input {info.name!r}, a {type(value).__name__}, cannot be read by DLPack"
+                f" ({str(error).strip().splitlines()[0]}); pass a dense, contiguous tensor"
+            ) from None
+        _check(info, tuple(tensor.shape), str(tensor.dtype))
         if tensor.device != self.device:
             tensor = tensor.copyto(self.device)
         return tensor
+
+
+def _from_dlpack(value: Any) -> tvm.runtime.Tensor:
+    """Any DLPack tensor as TVM's, without a copy where TVM's kernels can read it as it lies."""
+    if _is_torch(value):
+        value = value.detach().resolve_conj().resolve_neg().contiguous()
+        if value.data_ptr() % _ALIGNMENT:
+            value = value.clone()
+    elif value.__dlpack_device__()[0] == _DLPACK_CPU:
+        array = np.from_dlpack(value)
+        if array.ctypes.data % _ALIGNMENT or not array.flags.c_contiguous:
+            return tvm.runtime.tensor(np.array(array, order="C"))
+    return tvm.runtime.from_dlpack(value)
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _file_state(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _check(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:

@@ -6,11 +6,17 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from tdc_tvm.errors import TdcError
-from tdc_tvm.onnx_model import array, constants, conv_nodes, layer_name, metadata
-from tdc_tvm.onnx_rewrite import drop_unused_weights, set_nodes, set_weight
+from tdc_tvm.onnx_model import (
+    array,
+    constants,
+    conv_nodes,
+    conv_shape,
+    layer_names,
+    metadata,
+    value_shape,
+)
+from tdc_tvm.onnx_rewrite import drop_unused_weights, free_name, set_nodes, set_weight
 from tdc_tvm.plan import ConvLayer, DecompositionReport, RankSpec, decompose_layers
-from tdc_tvm.schedules.shape import Conv2dShape
 from tdc_tvm.tucker import TuckerFactors
 
 # NodeProto has metadata properties since this version of the ONNX intermediate representation.
@@ -38,17 +44,19 @@ def decompose_onnx(model: onnx.ModelProto, ranks: RankSpec) -> DecompositionRepo
         If the plan names absent layers or impossible ranks.
     """
     nodes = conv_nodes(model)
-    layers = [_layer(model, node) for node in nodes]
+    layers = [_layer(model, node, name) for node, name in zip(nodes, layer_names(model), strict=True)]
     result = decompose_layers(layers, ranks, model=model.graph.name or None)
     replaced = {
-        node.output[0]: result.factors[layer.name]
+        node.output[0]: (layer.name, result.factors[layer.name])
         for node, layer in zip(nodes, layers, strict=True)
         if layer.name in result.factors
     }
     out: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        factors = replaced.get(node.output[0]) if node.op_type == "Conv" else None
-        out += [node] if factors is None else _stages(model, node, factors)
+        if node.output[0] in replaced:
+            out += _stages(model, node, *replaced[node.output[0]])
+        else:
+            out.append(node)
     set_nodes(model, out)
     drop_unused_weights(model)
     if replaced:
@@ -56,12 +64,11 @@ def decompose_onnx(model: onnx.ModelProto, ranks: RankSpec) -> DecompositionRepo
     return result.report
 
 
-def _layer(model: onnx.ModelProto, node: onnx.NodeProto) -> ConvLayer:
+def _layer(model: onnx.ModelProto, node: onnx.NodeProto, name: str) -> ConvLayer:
     tensors = constants(model)
     groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-    name = layer_name(node)
     if node.input[1] not in tensors:
-        dims = _shape(model, node.input[1])
+        dims = value_shape(model, node.input[1])
         kernel = np.zeros(dims, "float32")
         return ConvLayer(name, kernel, groups, keep_reason="its weights are not constant")
     kernel = array(tensors[node.input[1]])
@@ -73,47 +80,13 @@ def _layer(model: onnx.ModelProto, node: onnx.NodeProto) -> ConvLayer:
     return ConvLayer(name, kernel, groups, pixels, reason)
 
 
-def conv_shape(model: onnx.ModelProto, node: onnx.NodeProto, kernel_shape: tuple[int, ...]) -> Conv2dShape | None:
-    """The shape of a ``Conv`` node; None where its input's extents are unknown."""
-    dims = _shape(model, node.input[0])
-    if len(dims) != 4 or min(dims) < 1:
-        return None
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    stride = tuple(attributes.get("strides", (1, 1)))
-    dilation = tuple(attributes.get("dilations", (1, 1)))
-    padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
-    mode = attributes.get("auto_pad", b"NOTSET")
-    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
-        before, after = [], []
-        for extent, window, step, gap in zip(dims[2:], kernel_shape[2:], stride, dilation, strict=True):
-            total = max((-(-extent // step) - 1) * step + gap * (window - 1) + 1 - extent, 0)
-            small, large = total // 2, total - total // 2
-            before.append(small if mode == b"SAME_UPPER" else large)
-            after.append(large if mode == b"SAME_UPPER" else small)
-        padding = (*before, *after)
-    try:
-        return Conv2dShape(
-            dims[0], dims[2], dims[3], dims[1], kernel_shape[0], tuple(kernel_shape[2:]),
-            stride, padding, dilation, attributes.get("group", 1),
-        )  # fmt: skip
-    except TdcError as error:
-        raise TdcError(f"layer {layer_name(node)}: {error}") from None
-
-
-def _shape(model: onnx.ModelProto, name: str) -> list[int]:
-    for value in (*model.graph.value_info, *model.graph.input):
-        if value.name == name:
-            return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    return []
-
-
-def _stages(model: onnx.ModelProto, node: onnx.NodeProto, factors: TuckerFactors) -> list[onnx.NodeProto]:
+def _stages(model: onnx.ModelProto, node: onnx.NodeProto, layer: str, factors: TuckerFactors) -> list[onnx.NodeProto]:
     """The three nodes that stand for ``node``; the core keeps its attributes, the last 1x1 its bias."""
-    layer = layer_name(node)
     dtype = array(constants(model)[node.input[1]]).dtype
     kernels = {"reduce": factors.u_in, "core": factors.core, "expand": factors.u_out}
     ranks = {"rank_in": factors.u_in.shape[0], "rank_out": factors.u_out.shape[1]}
-    values = [node.input[0], f"{layer}.reduce.out", f"{layer}.core.out", node.output[0]]
+    inner = [free_name(model, f"{layer}.{stage}.out") for stage in ("reduce", "core")]
+    values = [node.input[0], *inner, node.output[0]]
     stages = []
     for (stage, kernel), source, target in zip(kernels.items(), values, values[1:], strict=False):
         weight = set_weight(model, f"{layer}.{stage}.weight", kernel.astype(dtype))
@@ -130,7 +103,7 @@ def _stages(model: onnx.ModelProto, node: onnx.NodeProto, factors: TuckerFactors
 
 def tucker_layer_names(model: onnx.ModelProto) -> dict[str, str]:
     """The Tucker layers that a model's metadata names: core convolution's name to layer's name."""
-    properties = [(layer_name(node), metadata(node)) for node in conv_nodes(model)]
+    properties = zip(layer_names(model), map(metadata, conv_nodes(model)), strict=True)
     return {
         name: props["tdc.layer"]
         for name, props in properties

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from tdc_tvm.errors import TdcError
+from tdc_tvm.schedules.shape import Conv2dShape
 
 ModelSource = str | os.PathLike | bytes | onnx.ModelProto
 
@@ -80,7 +83,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _load_external_data(model: onnx.ModelProto, label: str, folder: Path | None) -> None:
-    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    external = [t for t in _tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
     if not external:
         return
     if folder is None:
@@ -101,7 +104,16 @@ def _load_external_data(model: onnx.ModelProto, label: str, folder: Path | None)
             raise TdcError(
                 f"external data of {label} is missing: tensor {tensor.name!r} expects {path}; copy it beside the model"
             )
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        try:
+            offset, length = (int(entry.get(key, 0)) for key in ("offset", "length"))
+        except ValueError:
+            offset, length = -1, -1
+        if min(offset, length) < 0:
+            raise TdcError(
+                f"tensor {tensor.name!r} of {label} has external data at offset {entry.get('offset')!r}, length"
+                f" {entry.get('length')!r}; expected two whole numbers of bytes; export the model again"
+            )
+        end = offset + length
         if path.stat().st_size < end:
             raise TdcError(
                 f"external data {path} is truncated: it has {path.stat().st_size} bytes,"
@@ -113,6 +125,23 @@ def _load_external_data(model: onnx.ModelProto, label: str, folder: Path | None)
         raise TdcError(f"external data of {label} cannot be read: {error}") from None
 
 
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all graphs inside it: the branches of ``If``, the bodies of loops."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from graphs(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for inner in graphs(graph):
+        yield from inner.initializer
+        for node in inner.node:
+            for attribute in node.attribute:
+                yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
+
+
 def check_operators(model: onnx.ModelProto) -> None:
     """Refuse operators that TVM's importer does not know, all at once.
 
@@ -121,19 +150,26 @@ def check_operators(model: onnx.ModelProto) -> None:
     TdcError
         Naming every unsupported operator with the layers that use it.
     """
+    if model.graph.sparse_initializer:
+        names = ", ".join(tensor.values.name for tensor in model.graph.sparse_initializer)
+        raise TdcError(
+            f"the model keeps sparse weights ({names}), which are not supported; store them as dense tensors"
+        )
     from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
     known = _get_convert_map()
     # The importer translates these itself, outside its table.
     known_anyway = {"Constant", "If", "Identity"}
     unsupported: dict[str, list[str]] = defaultdict(list)
-    for node in model.graph.node:
+    for node in (node for graph in graphs(model.graph) for node in graph.node):
         foreign = node.domain not in ("", "ai.onnx")
         if foreign or (node.op_type not in known and node.op_type not in known_anyway):
-            operator = f"{node.domain}.{node.op_type}" if foreign else node.op_type
-            unsupported[operator].append(node.name or node.output[0])
+            kind = f"{node.domain}.{node.op_type}" if foreign else node.op_type
+            unsupported[kind].append(node.name or node.output[0])
+        elif node.op_type == "BatchNormalization" and _attributes(node).get("training_mode"):
+            unsupported["BatchNormalization in training mode"].append(node.name or node.output[0])
     if unsupported:
-        lines = [f"  {operator}: {', '.join(layers)}" for operator, layers in sorted(unsupported.items())]
+        lines = [f"  {kind}: {', '.join(layers)}" for kind, layers in sorted(unsupported.items())]
         raise TdcError(
             f"the model has {len(unsupported)} unsupported operator(s), used by these layers:\n"
             + "\n".join(lines)
@@ -174,7 +210,7 @@ def freeze_shapes(
     TdcError
         If a dimension stays dynamic, or a given shape contradicts the model.
     """
-    given = dict(input_shapes or {})
+    given = {name: _given_shape(name, shape) for name, shape in (input_shapes or {}).items()}
     weights = {t.name for t in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     names = [value.name for value in inputs]
@@ -186,11 +222,13 @@ def freeze_shapes(
         if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
             raise TdcError(f"input {value.name!r} has no declared tensor shape; declare it in the model")
         declared: list[int | str] = [
-            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or "?") for dim in tensor.shape.dim
+            # Some exporters write a dynamic extent as 0 or -1.
+            dim.dim_value if dim.dim_value > 0 else (dim.dim_param or "?")
+            for dim in tensor.shape.dim
         ]
         shape: list[int | str] = list(declared)
         if value.name in given:
-            shape = [int(extent) for extent in given[value.name]]
+            shape = [*given[value.name]]
             fits = len(shape) == len(declared) and all(
                 isinstance(want, str) or want == have for want, have in zip(declared, shape, strict=True)
             )
@@ -212,10 +250,28 @@ def freeze_shapes(
             raise TdcError(f"input {value.name!r} has the shape {_dims(static)}; every extent must be at least 1")
         for dim, extent in zip(tensor.shape.dim, static, strict=True):
             dim.dim_value = extent
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+        numpy_type = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        if numpy_type.kind not in "fiub":
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+            raise TdcError(
+                f"input {value.name!r} has the type {kind}; expected floating-point, integer or boolean numbers"
+            )
+        dtype = numpy_type.name
         infos.append(TensorInfo(value.name, static, dtype))
+    if batch is not None and infos and not any(info.shape[:1] == (batch,) for info in infos):
+        shapes = ", ".join(f"{info.name} {_dims(info.shape)}" for info in infos)
+        raise TdcError(f"batch={batch} fits no input, the model's shapes are fixed ({shapes}); leave batch out")
     infer_shapes(model)
     return infos
+
+
+def _given_shape(name: str, shape: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(extent) for extent in shape]
+    except TypeError:
+        raise TdcError(
+            f"input_shapes[{name!r}] is {shape!r}; expected whole numbers, such as (1, 3, 224, 224)"
+        ) from None
 
 
 def infer_shapes(model: onnx.ModelProto) -> None:
@@ -234,7 +290,7 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     declared = {value.name for value in slim.graph.input}
     for tensor in slim.graph.initializer:
         if tensor.name in big and tensor.name not in declared:
-            slim.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            slim.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     del slim.graph.initializer[:]
     slim.graph.initializer.extend(kept)
     del slim.graph.value_info[:]
@@ -260,10 +316,21 @@ def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def use_counts(model: onnx.ModelProto) -> Counter[str]:
-    """How often each value is read, a graph output counted as a read."""
-    counts = Counter(name for node in model.graph.node for name in node.input if name)
-    counts.update(value.name for value in model.graph.output)
+    """How often each value is read, also from inner graphs; a graph output counts as a read."""
+    counts: Counter[str] = Counter()
+    for graph in graphs(model.graph):
+        counts.update(name for node in graph.node for name in node.input if name)
+        counts.update(value.name for value in graph.output)
     return counts
+
+
+def value_names(model: onnx.ModelProto) -> set[str]:
+    """The names of all values, those of inner graphs too: what a new value must not be called."""
+    names = set()
+    for graph in graphs(model.graph):
+        names.update(value.name for value in (*graph.input, *graph.initializer))
+        names.update(name for node in graph.node for name in node.output)
+    return names
 
 
 def metadata(node: onnx.NodeProto) -> dict[str, str]:
@@ -283,6 +350,14 @@ def layer_name(node: onnx.NodeProto) -> str:
     return node.name or node.output[0]
 
 
+def layer_names(model: onnx.ModelProto) -> list[str]:
+    """A unique name for each of `conv_nodes`: `layer_name`, or the output's name where layers share that."""
+    nodes = conv_nodes(model)
+    names = [layer_name(node) for node in nodes]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else node.output[0] for name, node in zip(names, nodes, strict=True)]
+
+
 def conv_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The two-dimensional ``Conv`` nodes in graph order."""
     tensors = constants(model)
@@ -296,12 +371,51 @@ def conv_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Conv" and rank(node.input[1]) == 4]
 
 
+def conv_shape(model: onnx.ModelProto, node: onnx.NodeProto, kernel_shape: tuple[int, ...]) -> Conv2dShape | None:
+    """The shape of a ``Conv`` node; None where its input's extents are unknown."""
+    dims = value_shape(model, node.input[0])
+    if len(dims) != 4 or min(dims) < 1:
+        return None
+    attributes = _attributes(node)
+    stride = tuple(attributes.get("strides", (1, 1)))
+    dilation = tuple(attributes.get("dilations", (1, 1)))
+    padding = tuple(attributes.get("pads", (0, 0, 0, 0)))
+    mode = attributes.get("auto_pad", b"NOTSET")
+    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
+        before, after = [], []
+        for extent, window, step, gap in zip(dims[2:], kernel_shape[2:], stride, dilation, strict=True):
+            total = max((-(-extent // step) - 1) * step + gap * (window - 1) + 1 - extent, 0)
+            small, large = total // 2, total - total // 2
+            before.append(small if mode == b"SAME_UPPER" else large)
+            after.append(large if mode == b"SAME_UPPER" else small)
+        padding = (*before, *after)
+    try:
+        return Conv2dShape(
+            dims[0], dims[2], dims[3], dims[1], kernel_shape[0], tuple(kernel_shape[2:]),
+            stride, padding, dilation, attributes.get("group", 1),
+        )  # fmt: skip
+    except TdcError as error:
+        raise TdcError(f"layer {layer_name(node)}: {error}") from None
+
+
+def value_shape(model: onnx.ModelProto, name: str) -> list[int]:
+    """The inferred extents of a value, 0 where one is unknown; empty where even the rank is."""
+    for value in (*model.graph.value_info, *model.graph.input):
+        if value.name == name:
+            return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    return []
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
 def parameter_count(model: onnx.ModelProto) -> int:
     """Elements of all floating-point initializers."""
     return sum(
         int(np.prod(t.dims, dtype=np.int64))
         for t in model.graph.initializer
-        if np.issubdtype(onnx.helper.tensor_dtype_to_np_dtype(t.data_type), np.floating)
+        if np.issubdtype(helper.tensor_dtype_to_np_dtype(t.data_type), np.floating)
     )
 
 

@@ -8,17 +8,22 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tdc_tvm.onnx_model import array, constants, use_counts
+from tdc_tvm.onnx_model import array, constants, conv_nodes, conv_shape, use_counts, value_names
+
+# Up to the version before this one, every initializer is declared as an input too.
+_WEIGHTS_NEED_NO_INPUT = 4
 
 
 def simplify(model: onnx.ModelProto) -> None:
     """Bring a model into the form that the graph passes match, in place; its function stays the same.
 
-    ``Constant`` nodes become initializers; a ``BatchNormalization`` after a convolution is folded
-    into it, any other becomes a multiplication and an addition.  Statistics that are not constant
-    leave the node as it is.
+    ``Constant`` nodes become initializers, and ``auto_pad`` of convolutions explicit padding, where
+    shapes are inferred; a ``BatchNormalization`` after a convolution is folded into it, any other
+    becomes a multiplication and an addition.  Statistics that are not constant leave the node as it
+    is.
     """
     _lift_constants(model)
+    _spell_out_padding(model)
     _fold_batch_norms(model)
     drop_unused_weights(model)
 
@@ -31,20 +36,30 @@ def set_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def drop_unused_weights(model: onnx.ModelProto) -> None:
-    """Remove initializers that nothing reads."""
+    """Remove initializers that nothing reads, and the inputs that old models declare for each initializer."""
     used = use_counts(model)
+    weights = constants(model)
     kept = [tensor for tensor in model.graph.initializer if used[tensor.name]]
-    del model.graph.initializer[:]
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.initializer[:], model.graph.input[:]
     model.graph.initializer.extend(kept)
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, _WEIGHTS_NEED_NO_INPUT)
 
 
 def set_weight(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
     """Store an initializer under ``name``, or a like name that is free, and return the name used."""
-    taken = constants(model)
+    unique = free_name(model, name)
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), unique))
+    return unique
+
+
+def free_name(model: onnx.ModelProto, name: str) -> str:
+    """``name``, or a like one where a value of the model is called so already."""
+    taken = value_names(model)
     unique, count = name, 1
     while unique in taken:
         unique, count = f"{name}_{count}", count + 1
-    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), unique))
     return unique
 
 
@@ -58,6 +73,18 @@ def _lift_constants(model: onnx.ModelProto) -> None:
         else:
             kept.append(node)
     set_nodes(model, kept)
+
+
+def _spell_out_padding(model: onnx.ModelProto) -> None:
+    tensors = constants(model)
+    for node in conv_nodes(model):
+        mode = next((a for a in node.attribute if a.name == "auto_pad"), None)
+        shape = conv_shape(model, node, tuple(tensors[node.input[1]].dims)) if node.input[1] in tensors else None
+        if mode is None or shape is None:
+            continue
+        kept = [a for a in node.attribute if a.name not in ("auto_pad", "pads")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("pads", shape.padding)])
 
 
 def _fold_batch_norms(model: onnx.ModelProto) -> None:
@@ -99,21 +126,20 @@ def _batch_norm_affine(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[np
 def _scale_conv(model: onnx.ModelProto, conv: onnx.NodeProto, scale: np.ndarray, shift: np.ndarray) -> bool:
     """Multiply a convolution's output channels into its constants; False if they are not constant."""
     tensors = constants(model)
+    if len(conv.input) == 3 and not conv.input[2]:
+        del conv.input[2]
     if any(name not in tensors for name in conv.input[1:]):
         return False
     kernel = array(tensors[conv.input[1]])
     bias = array(tensors[conv.input[2]]).astype(np.float64) if len(conv.input) > 2 else 0.0
     folded = kernel.astype(np.float64) * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-    replaced = {
-        conv.input[1]: folded,
-        (conv.input[2] if len(conv.input) > 2 else conv.input[1] + "_bias"): bias * scale + shift,
-    }
+    values = (folded, bias * scale + shift)
     used = use_counts(model)
-    names = []
-    for name, value in replaced.items():
+    for name in conv.input[1:]:
         if used[name] == 1:  # nobody else reads the old value, so the new one may have its name
             model.graph.initializer.remove(tensors[name])
-        names.append(set_weight(model, name, value.astype(kernel.dtype)))
+    wanted = (*conv.input[1:], conv.input[1] + "_bias")
+    names = [set_weight(model, name, value.astype(kernel.dtype)) for name, value in zip(wanted, values, strict=False)]
     del conv.input[1:]
     conv.input.extend(names)
     return True

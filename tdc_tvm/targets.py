@@ -50,7 +50,7 @@ def resolve_target(target: str | Target) -> Target:
         return Target({"kind": "cuda", "arch": target, "host": host})
     try:
         return resolve_target(Target(target))
-    except (ValueError, tvm.error.TVMError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise TdcError(f"unknown target {target!r} ({str(error).strip().splitlines()[-1]}); {_HELP}") from None
 
 

@@ -96,6 +96,9 @@ class ModelBuilder:
         """The model; ``outputs`` are of the builder's type unless declared with `output`."""
         for out in outputs:
             self.output(out)
+        declared = {value.name: value for value in self.inputs}
+        declared |= {t.name: helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in self.weights}
+        self.outputs = [declared.get(value.name, value) for value in self.outputs]
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
         model = onnx.shape_inference.infer_shapes(model)  # a graph output must declare its shape
