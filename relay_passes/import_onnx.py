@@ -108,7 +108,8 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
         culprit = f"the operator {found[1]}" if found else "the model"
         raise TdcError(
             f"TVM cannot import {culprit}: {str(error).strip() or type(error).__name__}\n"
-            "Check the model with onnx.checker.check_model(model, full_check=True); if it is valid, replace what TVM names"
+            "Check the model with onnx.checker.check_model(model, full_check=True);"
+            " if it is valid, replace what TVM names, or export with another opset"
         ) from error
     return name_convs(mod, conv_names)
 

@@ -12,13 +12,17 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tvm
+import tvm_ffi
 from elftools.elf.elffile import ELFFile
+from tvm.libinfo import package_lib_paths
 from tvm.support import cc
 from tvm.target import Target
+from tvm_ffi.libinfo import load_lib_ctypes
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
@@ -93,7 +97,7 @@ def cxx_compiler() -> str:
             "no C++ compiler found; linking a model needs one: install g++ (Debian, Ubuntu: apt install g++) or set CXX"
         )
     if shutil.which(path) is None:
-        raise TdcError(f"the C++ compiler {path!r}, which CXX or CC names, is not a program; set CXX to one, such as g++")
+        raise TdcError(f"the C++ compiler {path!r} (from CXX or CC) is not a program; set CXX to one, such as g++")
     return path
 
 
@@ -175,7 +179,7 @@ def load_module(path: str | os.PathLike) -> tvm.runtime.Module:
         link = Path(folder, "model.so")
         link.symlink_to(os.path.abspath(path))
         try:
-            return tvm.runtime.load_module(str(link))
+            return tvm_ffi.load_module(link)  # TVM's own load_module resolves links
         except RuntimeError as error:
             reason = str(error).strip().replace(str(link), str(path))
             raise TdcError(f"{path} cannot be loaded; build it again on this machine: {reason}") from None
@@ -277,7 +281,15 @@ def local_cpu_features() -> tuple[str, ...]:
     return ()
 
 
+def _load_gpu_runtime() -> None:
+    """Load TVM's CUDA library where TVM has not: an installation without the compiler leaves it to the user."""
+    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
+        with suppress(OSError, RuntimeError):  # no driver: the device will not exist, and that is said then
+            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
+
+
 def _check_gpu(arch: str, path: str | os.PathLike) -> None:
+    _load_gpu_runtime()
     device = tvm.cuda(0)
     if not device.exist:
         raise TdcError(

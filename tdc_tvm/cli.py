@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -20,7 +22,8 @@ from rich.table import Table
 
 from tdc_tvm.errors import TdcError
 
-console = Console()
+# Names of layers and files may hold brackets, which rich would take for its markup.
+console = Console(markup=False, highlight=False)
 # What is not the command's result goes to standard error, so that --json can be piped.
 messages = Console(stderr=True)
 
@@ -42,26 +45,38 @@ class Precision(str, Enum):
 Model = Annotated[Path, typer.Argument(help="ONNX model.", metavar="MODEL.onnx")]
 Library = Annotated[Path, typer.Argument(help="Library written by 'tdc build'.", metavar="MODEL.so")]
 TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help="auto, llvm, cuda, sm_80, sm_90, or a TVM tag such as nvidia/nvidia-h100.")
+    str,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME",
+        help="auto, llvm, cuda, sm_80, sm_90, or a TVM tag such as nvidia/nvidia-h100.",
+    ),
 ]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Arithmetic of the compiled model.")]
 RanksOption = Annotated[
     str | None,
     typer.Option(
         "--decompose",
+        metavar="RANKS",
         help="Decompose dense convolutions first: ranks 'OUT,IN', an energy in (0, 1), a plan (.json, .yaml), "
         "or a preset such as resnet18.",
     ),
 ]
 ShapesOption = Annotated[
-    list[str] | None, typer.Option("--input-shape", help="Shape of a dynamic input, NAME:1x3x224x224; may be repeated.")
+    list[str] | None,
+    typer.Option("--input-shape", metavar="SHAPE", help="Shape of a dynamic input, NAME:1x3x224x224; may be repeated."),
 ]
-BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Size of a dynamic leading dimension.")]
-AtolOption = Annotated[float, typer.Option("--atol", min=0, help="Absolute tolerance against ONNX Runtime.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch", min=1, metavar="N", help="Size of a dynamic leading dimension.")
+]
+AtolOption = Annotated[
+    float, typer.Option("--atol", min=0, metavar="X", help="Absolute tolerance against ONNX Runtime.")
+]
 RtolOption = Annotated[
-    float, typer.Option("--rtol", min=0, help="Tolerance relative to an output's largest magnitude.")
+    float, typer.Option("--rtol", min=0, metavar="X", help="Tolerance relative to an output's largest magnitude.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of random input.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
 
 
@@ -71,12 +86,16 @@ def compress(
     ranks: Annotated[
         str,
         typer.Option(
-            "--ranks", "-r", help="Ranks 'OUT,IN', an energy in (0, 1), a plan file, or a preset such as resnet18."
+            "--ranks",
+            "-r",
+            metavar="RANKS",
+            help="Ranks 'OUT,IN', an energy in (0, 1), a plan file, or a preset such as resnet18.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The ONNX file to write.")],
     save_plan: Annotated[
-        Path | None, typer.Option("--save-plan", help="Write the ranks in use as a plan (.json, .yaml).")
+        Path | None,
+        typer.Option("--save-plan", metavar="FILE", help="Write the ranks in use as a plan (.json, .yaml)."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,8 +126,8 @@ def compress(
     table = Table(
         title=f"{len(report.decomposed)} of {len(report.layers)} convolutions decomposed", title_justify="left"
     )
-    for column in ("layer", "kernel (out, in, h, w)", "ranks out, in", "relative error", "weights", "reason"):
-        table.add_column(column, overflow="fold")
+    for column in ("layer", "kernel\nout, in, h, w", "ranks\nout, in", "relative\nerror", "weights", "reason"):
+        table.add_column(column, overflow="fold", no_wrap="\n" in column)
     for layer in report.layers:
         table.add_row(
             layer.name,
@@ -125,7 +144,7 @@ def compress(
 @main.command()
 def build(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The library (.so) to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The library (.so) to write.")],
     target: TargetOption = "auto",
     precision: PrecisionOption = Precision.fp32,
     decompose: RanksOption = None,
@@ -143,6 +162,9 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Compile a model into a deployable library."""
+    from tdc_tvm.artifact import check_library_path
+
+    check_library_path(output)
     compiled = _build(
         model, target, precision, decompose, input_shape, batch, require_full_fusion, verify, atol, rtol, seed
     )
@@ -155,7 +177,6 @@ def build(
     console.print(
         f"use it:  tdc_tvm.load({str(output)!r}).run(x)   or   tdc run {output} --input x.npy",
         soft_wrap=True,
-        markup=False,
     )
 
 
@@ -167,10 +188,13 @@ def run(
         typer.Option(
             "--input",
             "-i",
+            metavar="FILE",
             help="NAME=FILE.npy, or FILE.npy for a model of one input; may be repeated; random without it.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs here (.npz).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs here (.npz).")
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,8 +210,8 @@ def run(
     arrays = result if isinstance(result, tuple) else (result,)
     named = dict(zip((info.name for info in compiled.outputs), arrays, strict=True))
     if output is not None:
-        with write_atomic(output) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **named)
+        with write_atomic(output) as temporary:
+            _save_arrays(temporary, named)
     summary = [
         {
             "name": name,
@@ -242,7 +266,7 @@ def verify(
     if as_json:
         _print_json(asdict(result))
     else:
-        console.print(f"[green]verified[/green]: {result.detail}", soft_wrap=True)
+        console.print(f"verified: {result.detail}", style="green", soft_wrap=True)
 
 
 @main.command()
@@ -255,8 +279,8 @@ def bench(
     decompose: RanksOption = None,
     input_shape: ShapesOption = None,
     batch: BatchOption = None,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Calls measured per model.")] = 50,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls before the measurement.")] = 5,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, metavar="N", help="Calls measured per model.")] = 50,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Calls before the measurement.")] = 5,
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Measure ONNX Runtime (CPU) beside each ONNX model.")
     ] = True,
@@ -310,10 +334,9 @@ def inspect(
             return
         for title, tensors in (("input", data.inputs), ("output", data.outputs)):
             for info in tensors:
-                console.print(f"{title} {info.name}: {info.dtype}{list(info.shape)}", markup=False, highlight=False)
+                console.print(f"{title} {info.name}: {info.dtype}{list(info.shape)}")
         console.print(
-            f"for {data.kind} {data.arch} on {data.machine}, TVM {data.tvm_version}, source {data.source_sha256[:12]}",
-            highlight=False,
+            f"for {data.kind} {data.arch} on {data.machine}, TVM {data.tvm_version}, source {data.source_sha256[:12]}"
         )
         console.print(BuildReport.from_dict(data.report))
         return
@@ -335,7 +358,7 @@ def env(as_json: JsonOption = False) -> None:
         return
     table = Table(show_header=False)
     for key, value in data.items():
-        table.add_row(key, str(value))
+        table.add_row(key, "none" if value is None else str(value))
     console.print(table)
 
 
@@ -437,6 +460,8 @@ def _read_arrays(texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
             if len(names) != 1:
                 raise TdcError(f"the model has the inputs {', '.join(names)}; write --input NAME=FILE.npy for each")
             name, path = names[0], text
+        if name in arrays:
+            raise TdcError(f"input {name!r} is given twice; write --input {name}=FILE.npy once")
         try:
             arrays[name] = np.load(path, allow_pickle=False)
         except OSError as error:
@@ -452,7 +477,7 @@ def _read_arrays(texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
 def _progress(title: str) -> Iterator[Any]:
     """A spinner with the current step and the time taken, on standard error."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task(title)
         yield lambda step: progress.update(task, description=f"{title}: {step}")
 
@@ -460,13 +485,30 @@ def _progress(title: str) -> Iterator[Any]:
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
 
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a .npz file; `numpy.savez` cannot take every name of an output, such as "file"."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(data: Any) -> Any:
+    """``data`` with null for numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def app() -> None:

@@ -19,6 +19,9 @@ from onnx import helper, numpy_helper
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.shape import Conv2dShape
 
+# Before this version of the intermediate representation, every initializer is declared as an input too.
+_WEIGHTS_ARE_NO_INPUTS = 4
+
 ModelSource = str | os.PathLike | bytes | onnx.ModelProto
 
 
@@ -33,7 +36,7 @@ def load_onnx(source: ModelSource) -> onnx.ModelProto:
     Returns
     -------
     onnx.ModelProto
-        A copy of its own, weights included, local functions inlined.
+        A copy of its own, weights included and none of them an input, local functions inlined.
 
     Raises
     ------
@@ -70,6 +73,11 @@ def load_onnx(source: ModelSource) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # the checker raises several unrelated types
         raise TdcError(f"{label} is not a valid ONNX model: {str(error).strip()}") from None
+    weights = constants(model)
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, _WEIGHTS_ARE_NO_INPUTS)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     return model
@@ -211,13 +219,11 @@ def freeze_shapes(
         If a dimension stays dynamic, or a given shape contradicts the model.
     """
     given = {name: _given_shape(name, shape) for name, shape in (input_shapes or {}).items()}
-    weights = {t.name for t in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    names = [value.name for value in inputs]
+    names = [value.name for value in model.graph.input]
     if unknown := sorted(set(given) - set(names)):
         raise TdcError(f"input_shapes names {unknown}, but the model's inputs are {names}")
     infos = []
-    for value in inputs:
+    for value in model.graph.input:
         tensor = value.type.tensor_type
         if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
             raise TdcError(f"input {value.name!r} has no declared tensor shape; declare it in the model")
@@ -287,9 +293,8 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     slim.CopyFrom(model)
     big = {t.name for t in slim.graph.initializer if np.prod(t.dims, dtype=np.int64) > 1024}
     kept = [t for t in slim.graph.initializer if t.name not in big]
-    declared = {value.name for value in slim.graph.input}
     for tensor in slim.graph.initializer:
-        if tensor.name in big and tensor.name not in declared:
+        if tensor.name in big:
             slim.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     del slim.graph.initializer[:]
     slim.graph.initializer.extend(kept)
@@ -326,7 +331,7 @@ def use_counts(model: onnx.ModelProto) -> Counter[str]:
 
 def value_names(model: onnx.ModelProto) -> set[str]:
     """The names of all values, those of inner graphs too: what a new value must not be called."""
-    names = set()
+    names: set[str] = set()
     for graph in graphs(model.graph):
         names.update(value.name for value in (*graph.input, *graph.initializer))
         names.update(name for node in graph.node for name in node.output)

@@ -10,20 +10,22 @@ from onnx import helper, numpy_helper
 
 from tdc_tvm.onnx_model import array, constants, conv_nodes, conv_shape, use_counts, value_names
 
-# Up to the version before this one, every initializer is declared as an input too.
-_WEIGHTS_NEED_NO_INPUT = 4
+# Elementwise operators with broadcasting, and whether their operands may change places.
+_ELEMENTWISE = {"Add": True, "Mul": True, "Max": True, "Min": True, "Sub": False, "Div": False}
 
 
 def simplify(model: onnx.ModelProto) -> None:
     """Bring a model into the form that the graph passes match, in place; its function stays the same.
 
     ``Constant`` nodes become initializers, and ``auto_pad`` of convolutions explicit padding, where
-    shapes are inferred; a ``BatchNormalization`` after a convolution is folded into it, any other
-    becomes a multiplication and an addition.  Statistics that are not constant leave the node as it
-    is.
+    shapes are inferred; constant operands of elementwise
+    operators stand last and have full rank; a
+    ``BatchNormalization`` after a convolution is folded into it, any other becomes a multiplication
+    and an addition.  Statistics that are not constant leave the node as it is.
     """
     _lift_constants(model)
     _spell_out_padding(model)
+    _arrange_constants(model)
     _fold_batch_norms(model)
     drop_unused_weights(model)
 
@@ -36,15 +38,11 @@ def set_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def drop_unused_weights(model: onnx.ModelProto) -> None:
-    """Remove initializers that nothing reads, and the inputs that old models declare for each initializer."""
+    """Remove initializers that nothing reads."""
     used = use_counts(model)
-    weights = constants(model)
     kept = [tensor for tensor in model.graph.initializer if used[tensor.name]]
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    del model.graph.initializer[:], model.graph.input[:]
+    del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    model.graph.input.extend(inputs)
-    model.ir_version = max(model.ir_version, _WEIGHTS_NEED_NO_INPUT)
 
 
 def set_weight(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
@@ -66,13 +64,23 @@ def free_name(model: onnx.ModelProto, name: str) -> str:
 def _lift_constants(model: onnx.ModelProto) -> None:
     kept = []
     for node in model.graph.node:
-        value = next((a for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            value.t.name = node.output[0]
-            model.graph.initializer.append(value.t)
-        else:
+        value = _constant(node.attribute[0]) if node.op_type == "Constant" else None
+        if value is None:
             kept.append(node)
+        else:
+            value.name = node.output[0]
+            model.graph.initializer.append(value)
     set_nodes(model, kept)
+
+
+def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto | None:
+    """The value of a ``Constant`` node by its one attribute; None for text and sparse tensors."""
+    if attribute.name == "value":
+        return attribute.t
+    types = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+    if attribute.name not in types:
+        return None
+    return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), types[attribute.name]))
 
 
 def _spell_out_padding(model: onnx.ModelProto) -> None:
@@ -87,9 +95,31 @@ def _spell_out_padding(model: onnx.ModelProto) -> None:
         node.attribute.extend([*kept, helper.make_attribute("pads", shape.padding)])
 
 
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    return {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}
+
+
+def _arrange_constants(model: onnx.ModelProto) -> None:
+    """Put constant operands behind the others and give them full rank.
+
+    TVM's layout conversion stops at a bias that stands in front, or has the shape (C, 1, 1).
+    """
+    ranks, tensors = _ranks(model), constants(model)
+    for node in model.graph.node:
+        if node.op_type not in _ELEMENTWISE or node.attribute:  # attributes broadcast in the manner of old opsets
+            continue
+        names = sorted(node.input, key=tensors.__contains__) if _ELEMENTWISE[node.op_type] else list(node.input)
+        rank = max(ranks.get(name, 0) for name in names)
+        for i, name in enumerate(names):
+            if name in tensors and 0 < len(tensors[name].dims) < rank:
+                shape = (1,) * (rank - len(tensors[name].dims)) + tuple(tensors[name].dims)
+                names[i] = set_weight(model, f"{name}.{rank}d", array(tensors[name]).reshape(shape))
+        node.input[:] = names
+
+
 def _fold_batch_norms(model: onnx.ModelProto) -> None:
     used = use_counts(model)
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}
+    ranks = _ranks(model)
     producers: dict[str, onnx.NodeProto] = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -98,6 +128,7 @@ def _fold_batch_norms(model: onnx.ModelProto) -> None:
         if affine is None:
             nodes.append(node)
         elif conv is not None and used[node.input[0]] == 1 and _scale_conv(model, conv, *affine):
+            conv.name = conv.name or conv.output[0]  # what the layer is called does not change
             conv.output[0] = node.output[0]
             producers[node.output[0]] = conv
             continue

@@ -45,7 +45,7 @@ class BuildReport:
     parameters : int
         Floating-point weights of the model.
     build_seconds : float
-        Time of the whole build, verification not counted.
+        Time of the whole build, verification not counted; zero for a plan.
     verification : Verification
         Agreement with ONNX Runtime.
     notes : tuple[str, ...]
@@ -93,7 +93,8 @@ class BuildReport:
         return tuple(layer for layer in self.layers if layer.kind == "tucker_conv" and not layer.fused)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{len(self.layers)} layers on {self.device}, {self.precision}", title_justify="left")
+        count = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+        table = Table(title=f"{count} on {self.device}, {self.precision}", title_justify="left")
         wide = options.max_width >= 120
         columns = [
             "layer",
@@ -104,15 +105,12 @@ class BuildReport:
             "strategy",
             "config",
             "predicted us",
-            "why not fused",
         ]
         hidden = {"config", "kind", "strategy"} if not wide else set()
-        if not self.unfused:
-            hidden.add("why not fused")
         for column in columns:
             if column not in hidden:
                 numeric = column == "predicted us"
-                foldable = column in ("layer", "config", "why not fused")
+                foldable = column in ("layer", "config")
                 table.add_column(
                     column.replace(" us", "\nus").replace("ranks ", "ranks\n"),
                     justify="right" if numeric else "left",
@@ -123,7 +121,7 @@ class BuildReport:
             tucker = layer.kind == "tucker_conv"
             latency = layer.predicted_latency_us
             cells = {
-                "layer": Text(layer.name),
+                "layer": layer.name,
                 "kind": layer.kind,
                 "shape": layer.shape,
                 "ranks in, out": f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "",
@@ -131,23 +129,39 @@ class BuildReport:
                 "strategy": layer.strategy,
                 "config": layer.config,
                 "predicted us": "" if latency is None else f"{latency:.1f}",
-                "why not fused": layer.reason if tucker else "",
             }
-            table.add_row(*(cells[column] for column in columns if column not in hidden))
+            # Plain text would be searched for rich's markup, which names and reasons may look like.
+            shown = (cells[column] for column in columns if column not in hidden)
+            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in shown))
         yield table
+        for layer in self.unfused:
+            yield Text(f"not fused: {layer.name}: {layer.reason}", "red")
         tucker_count = len(self.fused) + len(self.unfused)
         yield Text(
             f"{len(self.fused)} of {tucker_count} Tucker layers fused; "
-            f"{self.macs / 1e6:.1f} M multiply-adds in convolutions, "
-            f"{self.parameters / 1e6:.2f} M parameters; built in {self.build_seconds:.1f} s for {self.target}"
+            f"{_count(self.macs)} multiply-adds in convolutions, {_count(self.parameters)} parameters"
         )
-        style = "green" if self.verification.status == "passed" else "yellow"
-        yield Text(f"verification against ONNX Runtime {self.verification.status}: {self.verification.detail}", style)
+        if self.build_seconds:
+            style = "green" if self.verification.status == "passed" else "yellow"
+            yield Text(f"built in {self.build_seconds:.1f} s for {self.target}")
+            yield Text(
+                f"verification against ONNX Runtime {self.verification.status}: {self.verification.detail}", style
+            )
+        else:
+            yield Text(f"planned for {self.target}, not built")
         for note in self.notes:
             yield Text(f"note: {note}", "yellow")
 
     def __str__(self) -> str:
-        console = Console(width=160, no_color=True, force_terminal=False)
+        console = Console(width=160, highlight=False, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _count(number: int) -> str:
+    """A count as people say it, with three digits."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

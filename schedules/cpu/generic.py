@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,7 @@ def _inline(sch: s_tir.Schedule) -> list[Any]:
             continue
         consumers = sch.get_consumers(block)
         body = sch.get(block).body
-        copies = isinstance(body, tirx.BufferStore) and _moves_data(body.value)
+        copies = _is_store(body) and _moves_data(body.value)
         # Arithmetic must not be repeated for every element that a reduction reads.
         if len(consumers) == 1 and (copies or _is_injective(sch, consumers[0])):
             try:
@@ -219,10 +220,38 @@ def _width(extent: int, device: DeviceSpec) -> int:
 def _vectorize(sch: s_tir.Schedule, block: Any, device: DeviceSpec) -> None:
     """Vectorise a block's innermost loop where it divides evenly; LLVM takes care of the others."""
     loop = sch.get_loops(block)[-1]
-    width = _width(int(sch.get(loop).extent), device)
+    statement = sch.get(block)
+    cuts = _cuts(statement.body.value, statement.iter_vars[-1].var) if _is_store(statement.body) else []
+    extent = int(sch.get(loop).extent)
+    if cuts and extent == int(statement.iter_vars[-1].dom.extent):
+        # A concatenation would otherwise ask for every element which input it comes from.
+        edges = [0, *(cut for cut in cuts if 0 < cut < extent), extent]
+        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
+        sch.loop_partition(loop, [*sizes[:-1], None])
+        return
+    width = _width(extent, device)
     if width > 1:
         _, inner = sch.split(loop, [None, width])
         sch.vectorize(inner)
+
+
+def _is_store(body: Any) -> bool:
+    return isinstance(body, tirx.BufferStore)
+
+
+def _cuts(value: Any, axis: Any) -> list[int]:
+    """Where conditions of the form ``constant <= axis`` change within an expression, ascending."""
+    found: set[int] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, tirx.LE) and isinstance(node.a, tirx.IntImm) and node.b.same_as(axis):
+            found.add(int(node.a))
+        elif isinstance(node, tvm.ir.Call):
+            pending.extend(node.args)
+        elif not isinstance(node, tvm.ir.TensorLoad):
+            pending.extend(getattr(node, name) for name in ("a", "b", "value") if hasattr(node, name))
+    return sorted(found)
 
 
 def _reduce(sch: s_tir.Schedule, block: Any, outside: int, device: DeviceSpec) -> None:

@@ -7,6 +7,8 @@ built, verified against ONNX Runtime, and compared on 1,000 test images that tra
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,7 @@ def main() -> None:
     size_mb = library.stat().st_size / 1e6
     console.print(f"\nThe deployable library: {library} ({size_mb:.1f} MB). Use it:", soft_wrap=True)
     console.print(
-        f"  python -c \"import numpy as np, tdc_tvm; m = tdc_tvm.load('{library}'); "
+        f"  {os.path.relpath(sys.executable)} -c \"import numpy as np, tdc_tvm; m = tdc_tvm.load('{library}'); "
         'print(m.run(np.zeros((1, 1, 28, 28), np.float32)))"',
         soft_wrap=True,
         highlight=False,

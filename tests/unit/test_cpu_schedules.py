@@ -10,7 +10,7 @@ import pytest
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 from tvm.script import tirx as T
 from tvm.target import Target
 
@@ -271,6 +271,8 @@ OPERATORS = {
     "mean along channels": ([(4, 50, 96)], lambda x: op.mean(x, [2])),
     "concat": ([(1, 14, 14, 64), (1, 14, 14, 32)], lambda a, b: op.concat([a, b], 3)),
     "concat, odd": ([(1, 9, 9, 13), (1, 9, 9, 7)], lambda a, b: op.concat([a, b], 3)),
+    "concat of many": ([(1, 6, 6, 8)] * 7, lambda *parts: op.nn.relu(op.concat(parts, 3))),
+    "concat, too few rows to share": ([(1, 1, 1, 40000), (1, 1, 1, 24)], lambda a, b: op.concat([a, b], 3)),
     "batch norm and relu": ([(1, 28, 28, 40), (40,), (40,)], lambda x, s, t: op.nn.relu(op.add(op.multiply(x, s), t))),
     "dense": ([(1, 512), (512, 1000), (1000,)], lambda x, w, b: op.nn.relu(op.add(op.matmul(x, w), b))),
     "dense, odd": ([(3, 101), (101, 37), (37,)], lambda x, w, b: op.add(op.matmul(x, w), b)),
@@ -333,6 +335,21 @@ def test_generic_schedules_use_threads_and_lanes(name: str, expected: list[str])
     (func,) = [func for func in mod.functions.values() if isinstance(func, tirx.PrimFunc)]
     text = schedule_function(func, DEVICE).script()
     assert all(word in text for word in expected)
+
+
+def test_concatenation_asks_no_element_where_it_comes_from() -> None:
+    mod = relax_module(*OPERATORS["concat of many"])
+    (func,) = [func for func in mod.functions.values() if isinstance(func, tirx.PrimFunc)]
+    lower = tvm.transform.Sequential(
+        [
+            s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+            s_tir.transform.ConvertBlocksToOpaque(),
+            s_tir.transform.LowerOpaqueBlock(),
+            s_tir.transform.StmtSimplify(),
+        ]
+    )
+    assert "if_then_else" in lower(tvm.IRModule({"f": func})).script()
+    assert "if_then_else" not in lower(tvm.IRModule({"f": schedule_function(func, DEVICE)})).script()
 
 
 @T.prim_func(private=True, s_tir=True)
