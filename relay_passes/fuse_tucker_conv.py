@@ -43,7 +43,7 @@ class FuseTuckerConv:
             reason = f"one of its convolutions already belongs to {shared}" if shared else _reason(graph, stages)
             if reason:
                 shape = f"{stages[1].shape}"
-                ranks = (stages[0].shape.out_channels, stages[1].shape.out_channels)
+                ranks = (stages[1].shape.out_channels, stages[0].shape.out_channels)
                 refused.append(LayerReport(name, "tucker_conv", shape, ranks, False, reason))
                 continue
             first, core, last = stages

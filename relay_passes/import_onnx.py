@@ -15,8 +15,26 @@ from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from tdc_tvm.errors import TdcError
+from tdc_tvm.onnx_model import conv_nodes
 
 CONV_OP = tvm.ir.Op.get("relax.nn.conv2d")
+
+
+class _Conv(onnx_frontend.Conv):
+    """Binds each two-dimensional convolution to a variable named after its node.
+
+    TVM's converter leaves the call unbound, so that it stands wherever it is first used.
+    """
+
+    @classmethod
+    def _impl_v11(cls, bb, inputs, attr, params):
+        result = super()._impl_v11(bb, onnx_frontend.onnx_input(inputs[:2]), attr, params)
+        if is_conv2d(result):
+            name = attr["tvm_custom"]["name"]  # only nodes inside a branch may have none
+            result = bb.emit(result, _encode(name) if name else "conv")
+        if inputs[2] is None:
+            return result
+        return relax.op.add(result, relax.op.reshape(inputs[2], [1, -1] + [1] * (result.ty.ndim - 2)))
 
 
 class _Clip(onnx_frontend.Clip):
@@ -65,6 +83,7 @@ def _elementwise(base: type, op) -> type:
 def _our_converters() -> Iterator[None]:
     ours = {
         "Clip": _Clip,
+        "Conv": _Conv,
         "Max": _elementwise(onnx_frontend.Max, relax.op.maximum),
         "Min": _elementwise(onnx_frontend.Min, relax.op.minimum),
     }
@@ -82,7 +101,7 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
     Parameters
     ----------
     model : onnx.ModelProto
-        Every input has a static shape.
+        Every input has a static shape.  Its two-dimensional ``Conv`` nodes get the names.
     conv_names : sequence of str
         A name for each two-dimensional ``Conv`` node, in graph order.
 
@@ -97,6 +116,8 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
     TdcError
         If TVM cannot import the model.
     """
+    for node, name in zip(conv_nodes(model), conv_names, strict=True):
+        node.name = name
     printed = io.StringIO()
     try:
         with _our_converters(), redirect_stdout(printed), warnings.catch_warnings():
@@ -111,20 +132,16 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
             "Check the model with onnx.checker.check_model(model, full_check=True);"
             " if it is valid, replace what TVM names, or export with another opset"
         ) from error
-    return name_convs(mod, conv_names)
+    values = {b.var: b.value for block in mod["main"].body.blocks for b in block.bindings}
+    # A convolution that is the output is bound once more, and passes drop the first variable.
+    outputs = {var: conv_name(value) for var, value in values.items() if is_conv2d(values.get(value))}
+    return name_convs(mod, outputs)
 
 
-def name_convs(mod: tvm.IRModule, names: Sequence[str]) -> tvm.IRModule:
-    """Call the variables of ``main``'s convolutions by ``names``, in order; other numbers of both change nothing."""
-    convs = conv_vars(mod["main"])
-    if len(convs) == len(names):
-        mod["main"] = _Renamer(dict(zip(convs, names, strict=True))).visit_expr(mod["main"])
+def name_convs(mod: tvm.IRModule, names: dict[relax.Var, str]) -> tvm.IRModule:
+    """Call variables of ``main`` that hold a convolution's result by their layers' names."""
+    mod["main"] = _Renamer(names).visit_expr(mod["main"])
     return mod
-
-
-def conv_vars(function: relax.Function) -> list[relax.Var]:
-    """The variables that hold a convolution's result, in order."""
-    return [b.var for block in function.body.blocks for b in block.bindings if is_conv2d(b.value)]
 
 
 def is_conv2d(value: relax.Expr) -> bool:

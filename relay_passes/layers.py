@@ -24,7 +24,7 @@ class LayerReport:
     shape : str
         Input extents (NHWC), output channels, window.
     ranks : tuple[int, int] or None
-        (rank_in, rank_out) of a Tucker layer.
+        (rank_out, rank_in) of a Tucker layer, the order of plans.
     fused : bool
         Whether the whole layer is one operator.
     reason : str

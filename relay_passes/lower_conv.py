@@ -108,7 +108,7 @@ class _Lowerer(relax.PyExprMutator):
 
 def _report(op: ConvOp, config: KernelConfig, latency_us: float) -> LayerReport:
     if isinstance(op.shape, TuckerConvShape):
-        ranks = (op.shape.rank_in, op.shape.rank_out)
+        ranks = (op.shape.rank_out, op.shape.rank_in)
         return LayerReport(
             op.name, "tucker_conv", str(op.shape.dense), ranks, True, "", config.strategy, str(config), latency_us
         )

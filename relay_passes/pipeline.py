@@ -11,7 +11,7 @@ from tvm.target import Target
 
 from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
-from tdc_tvm.relay_passes.import_onnx import conv_name, conv_vars, name_convs
+from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.schedules.device import DeviceSpec
 
@@ -21,16 +21,30 @@ _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 @tvm.transform.module_pass(opt_level=0, name="ConvertToNhwc")
 def convert_to_nhwc(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
     """Put channels last everywhere; where TVM's conversion fails, layers convert at their own borders."""
-    names = [conv_name(var) for var in conv_vars(mod["main"])]
+    # TVM has no transposed convolution with channels last.
+    layouts = {"relax.nn.conv2d": ["NHWC", "OIHW"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
     try:
-        mod = relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OIHW"]})(mod)
+        mod = relax.transform.ConvertLayout(layouts)(mod)
     except tvm.error.InternalError:
         # TVM 0.27 aborts on operators that change the rank (stack, for one) of a converted value.
         return mod
-    mod = name_convs(mod, names)  # a model's output is permuted back, and that takes its variable
+    mod = name_convs(mod, _names_of_outputs(mod["main"]))
     mod["main"] = _PermuteConstants().visit_expr(mod["main"])
     # The conversion permutes a value once for each of its users.
     return relax.transform.EliminateCommonSubexpr()(relax.transform.CanonicalizeBindings()(mod))
+
+
+def _names_of_outputs(main: relax.Function) -> dict[relax.Var, str]:
+    """The names of convolutions that are outputs: the conversion permutes those back, into a variable of that name."""
+    values = {b.var: b.value for block in main.body.blocks for b in block.bindings}
+    return {
+        value.args[0]: conv_name(var)
+        for var, value in values.items()
+        if isinstance(value, relax.Call)
+        and value.op == _PERMUTE
+        and is_conv2d(values.get(value.args[0]))
+        and conv_name(var) != var.name
+    }
 
 
 @relax.expr_functor.mutator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tvm
 from tvm.target import Target
@@ -56,7 +57,7 @@ class DeviceSpec:
     source: str
 
     @staticmethod
-    def from_target(target: Target, threads: int | None = None) -> DeviceSpec:
+    def from_target(target: Target) -> DeviceSpec:
         """The device that a TVM target stands for.
 
         Parameters
@@ -64,8 +65,6 @@ class DeviceSpec:
         target : tvm.target.Target
             An ``llvm`` or ``cuda`` target.  A bare GPU architecture such as ``sm_90`` stands for
             the datacentre GPU that has it.
-        threads : int, optional
-            CPU threads to plan for; the machine's cores by default.
 
         Raises
         ------
@@ -74,7 +73,7 @@ class DeviceSpec:
         """
         kind = target.kind.name
         if kind == "llvm":
-            return _cpu(str(target.attrs.get("mcpu", "generic")), threads or os.cpu_count() or 1)
+            return _cpu(str(target.attrs.get("mcpu", "generic")), cpu_threads())
         if kind == "cuda":
             arch = str(target.attrs["arch"])
             for spec in GPUS.values():
@@ -83,6 +82,24 @@ class DeviceSpec:
             known = ", ".join(sorted({spec.arch for spec in GPUS.values()}))
             raise TdcError(f"no device data for GPU architecture {arch}; known: {known}")
         raise TdcError(f"target kind {kind!r} is not supported; use 'llvm' or 'cuda'")
+
+
+def cpu_threads() -> int:
+    """Threads that a CPU model runs with: ``TVM_NUM_THREADS``, or else the physical cores this process may use."""
+    given = os.environ.get("TVM_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    allowed = os.sched_getaffinity(0)
+    try:
+        return len({Path(siblings.format(cpu)).read_text() for cpu in allowed})
+    except OSError:
+        return len(allowed)
+
+
+def use_cpu_threads() -> None:
+    """Tell TVM's thread pool, which would take half of the cores on x86, whether or not they are hyperthreads."""
+    os.environ.setdefault("TVM_NUM_THREADS", str(cpu_threads()))
 
 
 def _gpu(

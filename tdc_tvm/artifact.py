@@ -11,23 +11,22 @@ import os
 import platform
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tvm
 import tvm_ffi
 from elftools.elf.elffile import ELFFile
-from tvm.libinfo import package_lib_paths
 from tvm.support import cc
 from tvm.target import Target
-from tvm_ffi.libinfo import load_lib_ctypes
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
 from tdc_tvm.quiet import without_scope_warnings
+from tdc_tvm.targets import local_gpu
 
 SECTION = ".tdc.metadata"
 FORMAT_VERSION = 1
@@ -126,11 +125,13 @@ class ObjectFiles:
     """
 
     def __init__(self, executable: tvm.runtime.Executable) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tdc-")
+        self._folder = tempfile.mkdtemp(prefix="tdc-")
+        # Unlike a TemporaryDirectory, which warns of what nobody closed.
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: list[str] = []
         self._options: list[str] | None = None
         with without_scope_warnings():
-            executable.export_library("model.so", fcompile=self._keep_files(), workspace_dir=self._folder.name)
+            executable.export_library("model.so", fcompile=self._keep_files(), workspace_dir=self._folder)
 
     def _keep_files(self) -> Callable:
         def keep(output: str, files: list[str], options: list[str] | None = None) -> None:
@@ -148,7 +149,7 @@ class ObjectFiles:
             If the path cannot be written, or linking fails.  An existing file survives.
         """
         check_library_path(path)
-        blob, source = Path(self._folder.name, "metadata.json"), Path(self._folder.name, "metadata.s")
+        blob, source = Path(self._folder, "metadata.json"), Path(self._folder, "metadata.s")
         with write_atomic(path) as temporary:
             blob.write_text(json.dumps(asdict(metadata)))
             source.write_text(f'.section {SECTION},"a"\n.incbin "{blob}"\n.section .note.GNU-stack,"",@progbits\n')
@@ -160,7 +161,7 @@ class ObjectFiles:
 
     def load(self, metadata: Metadata) -> tvm.runtime.Module:
         """Link into the temporary folder and load."""
-        path = Path(self._folder.name, "here.so")
+        path = Path(self._folder, "here.so")
         self.link(metadata, path)
         return load_module(path)
 
@@ -281,17 +282,9 @@ def local_cpu_features() -> tuple[str, ...]:
     return ()
 
 
-def _load_gpu_runtime() -> None:
-    """Load TVM's CUDA library where TVM has not: an installation without the compiler leaves it to the user."""
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
-        with suppress(OSError, RuntimeError):  # no driver: the device will not exist, and that is said then
-            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
-
-
 def _check_gpu(arch: str, path: str | os.PathLike) -> None:
-    _load_gpu_runtime()
-    device = tvm.cuda(0)
-    if not device.exist:
+    device = local_gpu()
+    if device is None:
         raise TdcError(
             f"{path} was built for GPU architecture {arch}, and this machine has no usable GPU; build it for 'llvm'"
         )

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tvm
 
 from tdc_tvm.compiled_model import CompiledModel, random_inputs
 from tdc_tvm.onnx_model import ModelSource, freeze_shapes, load_onnx
+from tdc_tvm.schedules.device import cpu_threads
 from tdc_tvm.verify import reference_session
 
 
@@ -31,7 +31,7 @@ def onnxruntime_contender(name: str, model: ModelSource, compiled: CompiledModel
     """ONNX Runtime on the CPU with as many threads as TVM uses, on the input of ``compiled``."""
     proto = load_onnx(model)
     freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
-    session = reference_session(proto, tvm.runtime.num_threads())
+    session = reference_session(proto, cpu_threads())
     feed = dict(zip((info.name for info in compiled.inputs), random_inputs(compiled.inputs, seed), strict=True))
     return Contender(name, lambda: session.run(None, feed))
 

@@ -368,7 +368,10 @@ def environment() -> dict[str, Any]:
     from tvm.support import cc
 
     from tdc_tvm.cuda_toolchain import find_cuda_compiler
-    from tdc_tvm.targets import local_gpu_arch
+    from tdc_tvm.schedules.device import cpu_threads
+    from tdc_tvm.targets import local_gpu, local_gpu_arch
+
+    gpu = local_gpu()
 
     def version(package: str) -> str | None:
         try:
@@ -399,8 +402,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "cpu": tvm.target.codegen.llvm_get_system_cpu(),
-        "cpu threads": tvm.runtime.num_threads() if hasattr(tvm.runtime, "num_threads") else None,
-        "gpu": tvm.cuda(0).device_name if tvm.cuda(0).exist else None,
+        "cpu threads": cpu_threads(),
+        "gpu": None if gpu is None else gpu.device_name,
         "gpu arch": local_gpu_arch(),
         "c++ compiler": cc.get_cc(),
         "cuda compiler": cuda_compiler(),

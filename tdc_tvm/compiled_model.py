@@ -27,6 +27,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
 from tdc_tvm.report import BuildReport
+from tdc_tvm.schedules.device import use_cpu_threads
 
 # TVM's kernels load vectors and take tensors to begin at multiples of this many bytes.
 _ALIGNMENT = 64
@@ -165,6 +166,7 @@ class CompiledModel:
         with self._lock:
             if self._vm is None:
                 check_runs_here(self.metadata, "the model")
+                use_cpu_threads()
                 code = self._code
                 module = code.load(self.metadata) if isinstance(code, ObjectFiles) else load_module(code)
                 self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)

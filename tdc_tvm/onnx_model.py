@@ -366,12 +366,9 @@ def layer_names(model: onnx.ModelProto) -> list[str]:
 def conv_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The two-dimensional ``Conv`` nodes in graph order."""
     tensors = constants(model)
-    shapes = {
-        value.name: len(value.type.tensor_type.shape.dim) for value in (*model.graph.value_info, *model.graph.input)
-    }
 
     def rank(name: str) -> int:
-        return len(tensors[name].dims) if name in tensors else shapes.get(name, 0)
+        return len(tensors[name].dims) if name in tensors else len(value_shape(model, name))
 
     return [node for node in model.graph.node if node.op_type == "Conv" and rank(node.input[1]) == 4]
 
@@ -405,7 +402,7 @@ def conv_shape(model: onnx.ModelProto, node: onnx.NodeProto, kernel_shape: tuple
 
 def value_shape(model: onnx.ModelProto, name: str) -> list[int]:
     """The inferred extents of a value, 0 where one is unknown; empty where even the rank is."""
-    for value in (*model.graph.value_info, *model.graph.input):
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         if value.name == name:
             return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
     return []

@@ -18,8 +18,7 @@ def simplify(model: onnx.ModelProto) -> None:
     """Bring a model into the form that the graph passes match, in place; its function stays the same.
 
     ``Constant`` nodes become initializers, and ``auto_pad`` of convolutions explicit padding, where
-    shapes are inferred; constant operands of elementwise
-    operators stand last and have full rank; a
+    shapes are inferred; constant operands of elementwise operators stand last and have full rank; a
     ``BatchNormalization`` after a convolution is folded into it, any other becomes a multiplication
     and an addition.  Statistics that are not constant leave the node as it is.
     """
@@ -96,7 +95,9 @@ def _spell_out_padding(model: onnx.ModelProto) -> None:
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    return {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}
+    graph = model.graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in values}
 
 
 def _arrange_constants(model: onnx.ModelProto) -> None:
@@ -150,6 +151,8 @@ def _batch_norm_affine(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[np
     if attributes.get("training_mode", 0) or any(name not in tensors for name in node.input[1:5]):
         return None
     gamma, beta, mean, variance = (array(tensors[name]).astype(np.float64) for name in node.input[1:5])
+    if gamma.ndim != 1:  # an old opset's statistics per pixel
+        return None
     scale = gamma / np.sqrt(variance + attributes.get("epsilon", 1e-5))
     return scale, beta - mean * scale
 
@@ -184,7 +187,7 @@ def _scale_and_shift(
     name = node.name or node.output[0]
     scale_name = set_weight(model, f"{name}.scale", scale.astype(dtype).reshape(along_channels))
     shift_name = set_weight(model, f"{name}.shift", shift.astype(dtype).reshape(along_channels))
-    scaled = f"{node.output[0]}.scaled"
+    scaled = free_name(model, f"{node.output[0]}.scaled")
     return [
         helper.make_node("Mul", [node.input[0], scale_name], [scaled], name=f"{name}.scale"),
         helper.make_node("Add", [scaled, shift_name], [node.output[0]], name=f"{name}.shift"),

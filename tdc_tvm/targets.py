@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+
 import tvm
 from tvm.target import Target
 
+from tdc_tvm.cuda_toolchain import load_cuda_runtime
 from tdc_tvm.errors import TdcError
 
 _HELP = "use 'auto', 'llvm', 'cuda', 'sm_80', a TVM tag such as 'nvidia/nvidia-h100', or a tvm Target"
@@ -32,6 +36,11 @@ def resolve_target(target: str | Target) -> Target:
             raise TdcError(f"target kind {target.kind.name!r} is not supported; {_HELP}")
         if target.kind.name == "cuda" and target.host is None:
             return Target(target, host=Target(host))
+        cpu = target if target.kind.name == "llvm" else target.host
+        processor = str(cpu.attrs.get("mcpu", "generic"))
+        triple = str(cpu.attrs.get("mtriple", tvm.target.codegen.llvm_get_system_triple()))
+        if processor != "generic" and not tvm.target.codegen.llvm_is_valid_cpu(processor, triple):
+            raise TdcError(f"LLVM knows no processor {processor!r}; see tvm.target.codegen.llvm_get_cpu_archlist()")
         return target
     if not isinstance(target, str):
         raise TdcError(f"a target is text or a tvm Target; found {type(target).__name__}; {_HELP}")
@@ -54,10 +63,20 @@ def resolve_target(target: str | Target) -> Target:
         raise TdcError(f"unknown target {target!r} ({str(error).strip().splitlines()[-1]}); {_HELP}") from None
 
 
+def local_gpu() -> tvm.runtime.Device | None:
+    """The first GPU of this machine; None if there is none that TVM can use."""
+    # TVM looks for CUDA's runtime library in the system's folders alone; pip installs it elsewhere.
+    with suppress(OSError, TdcError):
+        ctypes.CDLL("libcuda.so.1")
+        load_cuda_runtime()
+    device = tvm.cuda(0)
+    return device if device.exist else None
+
+
 def local_gpu_arch() -> str | None:
     """The architecture of this machine's first GPU, such as ``"sm_90a"``; None if there is none."""
-    device = tvm.cuda(0)
-    if not device.exist:
+    device = local_gpu()
+    if device is None:
         return None
     major, minor = str(device.compute_version).split(".")
     return f"sm_{major}{minor}" + ("a" if int(major) >= 9 else "")

@@ -37,8 +37,7 @@ def candidates(shape: TuckerConvShape, device: DeviceSpec) -> list[KernelConfig]
         found.append(plan.make_config("fused_tile", strip=rows, lanes=lanes, **vectors))
     parameters = {"lanes": lanes}
     for name, stage in zip(_STAGES, shape.stages, strict=True):
-        options = dense.candidates(stage, device, lanes)
-        best = min(options, key=lambda config, stage=stage: (dense.estimate(stage, config, device).latency_us, config))
+        best = _best_config(stage, lanes, device)
         parameters |= {f"{name}_{parameter}": best[parameter] for parameter in _STAGE_PARAMETERS}
     found.append(plan.make_config("staged", **parameters))
     return found
@@ -113,6 +112,15 @@ def _strip_sizes(shape: TuckerConvShape, strip: int) -> tuple[tuple[int, int], .
     rows = min(strip, core.out_height)
     halo = min(plan.pad_height(core, rows), reduce.height)
     return (halo, reduce.width), (rows, core.out_width), (rows, core.out_width)
+
+
+def _best_config(stage: Conv2dShape, lanes: int, device: DeviceSpec) -> KernelConfig:
+    """The cheapest way to run one stage by itself."""
+
+    def cost(config: KernelConfig) -> tuple[float, KernelConfig]:
+        return dense.estimate(stage, config, device).latency_us, config
+
+    return min(dense.candidates(stage, device, lanes), key=cost)
 
 
 def _best_vectors(stage: Conv2dShape, lanes: int, size: tuple[int, int], device: DeviceSpec) -> int:

@@ -55,7 +55,7 @@ def test_compressed_network_runs_on_the_cpu_as_in_onnxruntime(compressed, tmp_pa
     assert report.verification.status == "passed"
     assert {layer.name for layer in report.fused} == set(plan.layers)
     for layer in report.fused:
-        assert layer.ranks == (plan.layers[layer.name].rank_in, plan.layers[layer.name].rank_out)
+        assert layer.ranks == plan.layers[layer.name]
     assert all(layer.strategy and layer.predicted_latency_us > 0 for layer in report.layers)
     assert report.macs / 1e6 == pytest.approx(NETWORKS[name][1], abs=1)
     x = np.random.default_rng(1).standard_normal((1, 3, 224, 224)).astype(np.float32)

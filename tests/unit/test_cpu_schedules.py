@@ -22,7 +22,7 @@ from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
 HOST = Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
-DEVICE = DeviceSpec.from_target(HOST, threads=2)
+DEVICE = DeviceSpec.from_target(HOST)
 SAME = (1, 1, 1, 1)
 PLAIN, FULL = Epilogue(), Epilogue(residual=True, clip_min=0.0, clip_max=1.5)
 
@@ -64,7 +64,7 @@ def relative_error(
         )
         for s, bias in zip(stages, biases, strict=False)
     )
-    device = DeviceSpec.from_target(target, threads=2)
+    device = DeviceSpec.from_target(target)
     config = config or conv.choose(shape, device)[0]
     kernel = conv.make_kernel(shape, epilogue, weights, config, device, "kernel")
     first, last = stages[0], stages[-1]

@@ -1,0 +1,192 @@
+"""The ``tdc`` command, as a user or a script meets it.
+
+Most tests call the command in this process, which is quick; exit statuses and the absence of
+tracebacks are looked at from outside, in a few.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+import tdc_tvm
+from tdc_tvm import cli
+from tdc_tvm.errors import TdcError
+
+
+def tdc(*arguments, width=100):
+    """Run the command here; a `TdcError` is raised as it is."""
+    console = (cli.console.width, cli.messages.width)
+    cli.console.width = cli.messages.width = width
+    try:
+        result = CliRunner().invoke(
+            cli.main, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"}
+        )
+    finally:
+        cli.console.width, cli.messages.width = console
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def from_outside(*arguments, **environment):
+    command = [sys.executable, "-c", "from tdc_tvm.cli import app; app()", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "80"} | environment
+    )
+
+
+def test_the_main_job(model_path, tmp_path, x, y):
+    small, library, plan = tmp_path / "small.onnx", tmp_path / "small.so", tmp_path / "plan.json"
+    text = tdc("compress", model_path, "--ranks", "2,2", "--output", small, "--save-plan", plan)
+    assert "1 of 3 convolutions decomposed" in text
+    assert f"wrote {small}" in text
+    assert set(json.loads(plan.read_text())) >= {"layers"}
+
+    text = tdc("build", small, "--target", "llvm", "--output", library)
+    assert "verification against ONNX Runtime passed" in text
+    assert f"wrote {library}" in text
+
+    np.save(tmp_path / "x.npy", x)
+    text = tdc("run", library, "--input", tmp_path / "x.npy", "--output", tmp_path / "out.npz")
+    assert "1x8x6x6" in text
+    with np.load(tmp_path / "out.npz") as results:
+        np.testing.assert_array_equal(results["y"], tdc_tvm.load(library).run(x))
+
+    assert "verified: y differs by" in tdc("verify", library, small)
+    assert "verification against ONNX Runtime passed" in tdc("inspect", library)
+    assert "small.onnx, ONNX Runtime" in tdc("bench", library, small, "--target", "llvm", "--repeat", 2, "--warmup", 0)
+    with pytest.raises(TdcError, match="verification failed: output 'y' differs from ONNX Runtime"):
+        tdc("verify", library, model_path)
+
+
+def test_json_goes_to_standard_output_alone(model_path, library, tmp_path):
+    output = tmp_path / "m.so"
+    data = json.loads(tdc("build", model_path, "-t", "llvm", "-o", output, "--json"))
+    assert data["output"] == str(output)
+    assert [layer["fused"] for layer in data["layers"]] == [True]
+    assert json.loads(tdc("inspect", library, "--json"))["kind"] == "llvm"
+    assert json.loads(tdc("inspect", model_path, "-t", "sm_80", "--json"))["device"] == "A100"
+    assert json.loads(tdc("verify", library, model_path, "--json"))["status"] == "passed"
+    assert json.loads(tdc("run", library, "--json"))["outputs"][0]["shape"] == [1, 8, 6, 6]
+    assert json.loads(tdc("env", "--json"))["tdc-tvm"] == tdc_tvm.__version__
+    bench = json.loads(tdc("bench", library, "--repeat", 3, "--json"))
+    assert len(bench["results"][0]["samples_ms"]) == 3
+    assert bench["environment"]["apache-tvm"]
+    compressed = json.loads(tdc("compress", model_path, "-r", "2,2", "-o", tmp_path / "c.onnx", "--json"))
+    assert compressed["parameters"][1] < compressed["parameters"][0]
+
+
+def test_json_has_no_numbers_that_json_lacks(library, tmp_path, x):
+    np.save(tmp_path / "x.npy", np.full_like(x, np.inf))
+    text = tdc("run", library, "-i", tmp_path / "x.npy", "--json")
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict["outputs"][0]["max"] is None or np.isfinite(strict["outputs"][0]["max"])
+
+
+def test_inputs_by_name_and_outputs_of_any_name(two_inputs, tmp_path):
+    library = tmp_path / "two.so"
+    two_inputs.export_library(library)
+    a, scale = np.ones((2, 3), np.float32), np.array(3, np.float32)
+    np.save(tmp_path / "a.npy", a)
+    np.save(tmp_path / "scale.npy", scale)
+    named = ("-i", f"in/put.1={tmp_path / 'a.npy'}", "-i", f"self={tmp_path / 'scale.npy'}")
+    tdc("run", library, *named, "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as results:
+        assert sorted(results.files) == ["file", "out:0"]
+        np.testing.assert_array_equal(results["file"], 3 * a)
+    with pytest.raises(TdcError, match=r"inputs in/put.1, self; write --input NAME=FILE.npy for each"):
+        tdc("run", library, "-i", tmp_path / "a.npy")
+    with pytest.raises(TdcError, match="input 'self' is given twice"):
+        tdc("run", library, *named, *named[2:])
+    with pytest.raises(TdcError, match=r"missing input\(s\) self"):
+        tdc("run", library, *named[:2])
+
+
+def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
+    model = tucker_model()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "n"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(TdcError, match=r"dynamic shape .* pass batch=1"):
+        tdc("build", tmp_path / "m.onnx", "-o", tmp_path / "m.so")
+    for flags in (("--batch", 2), ("--input-shape", "x:2x8x6x6")):
+        tdc("build", tmp_path / "m.onnx", "-o", tmp_path / "m.so", "-t", "llvm", *flags)
+        assert tdc_tvm.load(tmp_path / "m.so").inputs[0].shape == (2, 8, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build", "{model}", "-o", "{tmp}/m"), r"ends in \.so; found"),
+        (("build", "{model}", "-o", "{tmp}/absent/m.so"), "does not exist; create it first"),
+        (("build", "{model}", "-o", "{tmp}/m.so", "-t", "gpu"), "unknown target 'gpu'"),
+        (("build", "{model}", "-o", "{tmp}/m.so", "--input-shape", "1x8x6x6"), "expected NAME:1x3x224x224"),
+        (("build", "{model}", "-o", "{tmp}/m.so", "--input-shape", "x:1xbx6x6"), "expected NAME:1x3x224x224"),
+        (("build", "{model}", "-o", "{tmp}/m.so", "-t", "llvm", "--atol", "0", "--rtol", "0"), "verification failed"),
+        (("run", "{library}", "-i", "{tmp}/absent.npy"), "cannot read .*absent.npy: No such file"),
+        (("run", "{library}", "-i", "{model}"), "is not a .npy file"),
+        (("run", "{library}", "-i", "z={tmp}/absent.npy"), "cannot read"),
+        (("run", "{model}"), "is not a shared library"),
+        (("inspect", "{tmp}/absent.so"), "cannot read .*absent.so: No such file"),
+        (("inspect", "{tmp}/absent.onnx"), "cannot read the model .*absent.onnx"),
+        (("bench", "{tmp}"), "cannot read the model .*directory"),
+        (("compress", "{model}", "-r", "many", "-o", "{tmp}/m.onnx"), "many"),
+        (("compress", "{model}", "-r", "2,2", "-o", "{tmp}/absent/m.onnx"), "create it first"),
+    ],
+)
+def test_mistakes_are_errors_of_ours_and_leave_nothing(model_path, library, tmp_path, arguments, message):
+    filled = [a.format(model=model_path, library=library, tmp=tmp_path) for a in arguments]
+    with pytest.raises(TdcError, match=message):
+        tdc(*filled)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_output_fits_the_terminal(model_path, library, tmp_path, width):
+    model = onnx.load(model_path)
+    model.graph.node[1].name = "a.very.long.name.[of].a.layer.deep.in.the.backbone.of.the.net/conv2"
+    onnx.save(model, tmp_path / "m.onnx")
+    texts = [
+        tdc("inspect", tmp_path / "m.onnx", "-t", "llvm", width=width),
+        tdc("compress", tmp_path / "m.onnx", "-r", "2,2", "-o", tmp_path / "c.onnx", width=width).split("parameters")[
+            0
+        ],
+        tdc("inspect", library, width=width),
+        tdc("env", width=width),
+    ]
+    for text in texts:
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+    assert "[of]" in "".join(texts[0].split())
+
+
+def test_a_mistake_from_outside(tmp_path):
+    done = from_outside("run", tmp_path / "absent [bold].so")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"error: cannot read {tmp_path}/absent [bold].so: No such file or directory\n"
+
+
+def test_success_from_outside_writes_nothing_to_standard_error(model_path, tmp_path):
+    done = from_outside("build", model_path, "-o", tmp_path / "m.so", "--target", "llvm", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "m.so")
+
+
+def test_a_wrong_flag_is_explained():
+    result = CliRunner().invoke(cli.main, ["build", "m.onnx", "--taget", "llvm"], env={"COLUMNS": "100"})
+    assert result.exit_code == 2
+    assert "No such option: --taget" in result.output
+
+
+@pytest.mark.parametrize("command", ["compress", "build", "run", "verify", "bench", "inspect", "env"])
+def test_every_command_has_help_that_fits(command):
+    result = CliRunner().invoke(cli.main, [command, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert "…" not in result.output
