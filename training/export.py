@@ -161,9 +161,7 @@ def _module_path(node: onnx.NodeProto, convs: set[str]) -> str | None:
     return next((scope for scope in reversed(scopes) if scope in convs), None)
 
 
-def _verify(
-    data: bytes, inputs: tuple[torch.Tensor, ...], expected: list[torch.Tensor], tolerance: float
-) -> None:
+def _verify(data: bytes, inputs: tuple[torch.Tensor, ...], expected: list[torch.Tensor], tolerance: float) -> None:
     import onnxruntime
 
     try:

@@ -66,7 +66,12 @@ def test_three_plain_convolutions_carry_the_layers_name(exported):
     convs = [props(node) for node in proto.graph.node if node.op_type == "Conv"]
     layers = Counter(conv["tdc.layer"] for conv in convs)
     assert layers == {
-        "stem": 1, "layer1.0.conv1": 3, "layer1.0.conv2": 1, "layer1.1.conv1": 1, "layer1.1.conv2": 3, "point": 1
+        "stem": 1,
+        "layer1.0.conv1": 3,
+        "layer1.0.conv2": 1,
+        "layer1.1.conv1": 1,
+        "layer1.1.conv2": 3,
+        "point": 1,
     }
     tucker = [conv for conv in convs if conv["tdc.layer"] == "layer1.0.conv1"]
     assert [conv["tdc.stage"] for conv in tucker] == ["reduce", "core", "expand"]
