@@ -25,7 +25,7 @@ from tvm.target import Target
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
-from tdc_tvm.quiet import without_scope_warnings
+from tdc_tvm.quiet import without_chatter
 from tdc_tvm.targets import local_gpu
 
 SECTION = ".tdc.metadata"
@@ -130,7 +130,7 @@ class ObjectFiles:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: list[str] = []
         self._options: list[str] | None = None
-        with without_scope_warnings():
+        with without_chatter():
             executable.export_library("model.so", fcompile=self._keep_files(), workspace_dir=self._folder)
 
     def _keep_files(self) -> Callable:
@@ -176,7 +176,7 @@ def load_module(path: str | os.PathLike) -> tvm.runtime.Module:
     """
     # The dynamic linker knows loaded libraries by name, and would give the old code for a file that
     # has been replaced since; by a name that is used once, it looks at the file itself.
-    with tempfile.TemporaryDirectory(prefix="tdc-") as folder, without_scope_warnings():
+    with tempfile.TemporaryDirectory(prefix="tdc-") as folder, without_chatter():
         link = Path(folder, "model.so")
         link.symlink_to(os.path.abspath(path))
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import onnx
@@ -27,12 +27,13 @@ from tdc_tvm.onnx_model import (
     constants,
     conv_nodes,
     freeze_shapes,
-    layer_name,
+    layer_names,
     load_onnx,
     parameter_count,
 )
 from tdc_tvm.onnx_rewrite import simplify
 from tdc_tvm.plan import RankSpec
+from tdc_tvm.quiet import without_chatter
 from tdc_tvm.relay_passes.import_onnx import import_onnx
 from tdc_tvm.relay_passes.layers import layers_of
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
@@ -111,7 +112,7 @@ def build(
         reference.CopyFrom(job.proto)
     simplify(job.proto)
     context = cuda_compiler(job.target) if job.target.kind.name == "cuda" else nullcontext()
-    with context, job.target, tvm.transform.PassContext(opt_level=3):
+    with context, _compiling(), job.target, tvm.transform.PassContext(opt_level=3):
         mod = _graph(job, progress)
         report = job.report(mod)
         if require_full_fusion and report.unfused:
@@ -158,7 +159,7 @@ def plan_build(
     """
     job = _prepare(model, target, "fp32", decompose, input_shapes, batch, lambda step: None)
     simplify(job.proto)
-    with job.target:
+    with _compiling(), job.target:
         return job.report(_graph(job, lambda step: None))
 
 
@@ -216,18 +217,36 @@ def _prepare(
 def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
     """The model with a kernel for every convolution."""
     progress("importing")
-    mod = import_onnx(job.proto, [layer_name(node) for node in conv_nodes(job.proto)])
+    mod = import_onnx(job.proto, layer_names(job.proto))
     progress("fusing and scheduling")
     return tvm.transform.Sequential(graph_passes(job.device, tucker_layer_names(job.proto)))(mod)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """TVM at work: its chatter is dropped, and what it cannot do is said as one of our errors."""
+    with without_chatter():
+        try:
+            yield
+        except TdcError:
+            raise
+        except Exception as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            raise TdcError(f"TVM cannot compile this model: {type(error).__name__}: {first}") from error
 
 
 def _outputs(proto: onnx.ModelProto, mod: tvm.IRModule) -> tuple[TensorInfo, ...]:
     result = mod["main"].ret_ty
     fields = result.fields if isinstance(result, relax.TupleType) else [result]
-    return tuple(
-        TensorInfo(value.name, tuple(int(extent) for extent in field.shape.values), str(field.dtype))
-        for value, field in zip(proto.graph.output, fields, strict=True)
-    )
+    infos = []
+    for value, field in zip(proto.graph.output, fields, strict=True):
+        if field.shape is None or not all(isinstance(extent, tvm.tirx.IntImm) for extent in field.shape.values):
+            raise TdcError(
+                f"the shape of output {value.name!r} depends on the input's values; only static shapes can be built:"
+                " take that operator out of the model"
+            )
+        infos.append(TensorInfo(value.name, tuple(int(extent) for extent in field.shape.values), str(field.dtype)))
+    return tuple(infos)
 
 
 def _macs(proto: onnx.ModelProto) -> int:

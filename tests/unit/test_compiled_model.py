@@ -17,7 +17,7 @@ import tdc_tvm
 from tdc_tvm.compiled_model import random_inputs
 from tdc_tvm.errors import TdcError
 from tdc_tvm.onnx_model import TensorInfo
-from tdc_tvm.quiet import without_scope_warnings
+from tdc_tvm.quiet import without_chatter
 
 LAYOUTS = {
     "as it is": lambda x: x,
@@ -279,9 +279,9 @@ def test_chatter_is_dropped_and_the_rest_of_standard_error_kept(capfd):
     def write(text):
         os.write(2, text)
 
-    with without_scope_warnings():
+    with without_chatter():
         write(b"Warning: Scope constant is chatter\nsomething else\n")
-        with without_scope_warnings():
+        with without_chatter():
             write(b"inner\nWarning: Scope again\n")
     write(b"after\n")
     assert capfd.readouterr().err == "something else\ninner\nafter\n"
