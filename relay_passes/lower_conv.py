@@ -56,7 +56,10 @@ def read_conv(function: relax.Function) -> ConvOp:
     graph = Graph.of(function)
     convs = list(graph.convs.values())
     tails = [*(graph.biased(conv) for conv in convs[:-1]), graph.tail(convs[-1])]
-    weights = tuple(ConvWeights(conv.kernel, tail.bias) for conv, tail in zip(convs, tails, strict=True))
+    weights = []
+    for conv, tail in zip(convs, tails, strict=True):
+        assert conv.kernel is not None, "only convolutions with constant weights are outlined"
+        weights.append(ConvWeights(conv.kernel, tail.bias))
     shape: ConvShape = convs[0].shape
     if function.attrs[KIND_ATTR] == TUCKER_CONV:
         first, core, last = (conv.shape for conv in convs)
@@ -68,7 +71,7 @@ def read_conv(function: relax.Function) -> ConvOp:
     layout = str(convs[0].call.attrs.data_layout)
     operands = [convs[0].data, *([tails[-1].residual] if tails[-1].residual is not None else [])]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
-    return ConvOp(str(function.attrs[NAME_ATTR]), shape, tails[-1].epilogue, weights, inputs, layout)
+    return ConvOp(str(function.attrs[NAME_ATTR]), shape, tails[-1].epilogue, tuple(weights), inputs, layout)
 
 
 @relax.expr_functor.mutator

@@ -393,7 +393,7 @@ def conv_shape(model: onnx.ModelProto, node: onnx.NodeProto, kernel_shape: tuple
         padding = (*before, *after)
     try:
         return Conv2dShape(
-            dims[0], dims[2], dims[3], dims[1], kernel_shape[0], tuple(kernel_shape[2:]),
+            dims[0], dims[2], dims[3], dims[1], kernel_shape[0], (kernel_shape[2], kernel_shape[3]),
             stride, padding, dilation, attributes.get("group", 1),
         )  # fmt: skip
     except TdcError as error:

@@ -85,7 +85,9 @@ def estimate(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> Es
     weight_bytes = 4 * view.weight_count
     copies = plan.needs_copy(view)
     scratch = 4 * plan.pad_elements(view, rows) if copies else 4 * view.in_channels * view.width * rows
-    traffic = 4 * (view.batch * view.height * view.width * view.in_channels + view.out_pixels * view.out_channels)
+    traffic: float = 4 * (
+        view.batch * view.height * view.width * view.in_channels + view.out_pixels * view.out_channels
+    )
     traffic += turns * share * weight_bytes if share * weight_bytes > device.l2_bytes / 2 else weight_bytes
     traffic += turns * scratch if scratch > device.l2_bytes / 2 else 0
     return plan.price(device, turns * slots, turns * scratch if copies else 0, traffic, tasks)

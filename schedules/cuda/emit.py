@@ -305,7 +305,8 @@ def _merge(tile: ThreadTile, thread: ir.Expr, split: ir.Expr, shared: tirx.Buffe
         each_result(tile, lambda p, c: T.buffer_store(shared, acc[p, c], [at(split - 1, p, c)]))
     barrier()
     for part in range(tile.splits - 1):
-        each_result(tile, lambda p, c, part=part: T.buffer_store(acc, acc[p, c] + shared[at(part, p, c)], [p, c]))
+        with T.serial(tile.pixels, unroll=True) as p, T.serial(tile.columns, unroll=True) as c:
+            T.buffer_store(acc, acc[p, c] + shared[at(part, p, c)], [p, c])
     barrier()
 
 
