@@ -6,11 +6,14 @@ PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
 PYTEST_ARGS ?=
+# A pair that fits: left to itself, pip can combine a CPU build of one with a CUDA build of the other.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .PHONY: test check demo bench clean python-check
 
+# pytest, not python -m pytest: the latter would test the source folder and not the installed package.
 test: check
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall .
@@ -35,7 +38,7 @@ python-check:
 $(VENV)/.installed: pyproject.toml | python-check
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet '.[train,tune,cuda,dev]'
+	$(VENV)/bin/python -m pip install --quiet '.[train,tune,cuda,dev]' $(TORCH)
 	touch $@
 
 $(DEMO_VENV)/.installed: pyproject.toml | python-check

@@ -223,6 +223,16 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"arch": arch, "cases": records}, indent=1))
 
 
+def load_cuda_library() -> None:
+    """Load TVM's CUDA library, which its runtime does not load by itself; again does nothing."""
+    import tvm_ffi
+    from tvm import libinfo
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+
+
 def run(folder: Path) -> list[str]:
     """Run what was built on this machine's GPU.
 
@@ -232,12 +242,8 @@ def run(folder: Path) -> list[str]:
         A line for each case that is wrong.
     """
     import tvm
-    import tvm_ffi
-    from tvm import libinfo
-    from tvm_ffi.libinfo import load_lib_ctypes
 
-    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
-        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+    load_cuda_library()
     device = tvm.cuda(0)
     failures = []
     libraries: dict[str, tuple] = {}

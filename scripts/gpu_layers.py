@@ -1,0 +1,689 @@
+"""What the GPU benchmarks share: compiling kernels here, running and timing them on a machine with a GPU.
+
+A build is a folder: a manifest, libraries of 32 kernels each, and how their constants are packed.  It
+holds no weights: both sides make them from a seed.  Running needs NumPy, PyTorch and TVM's runtime,
+so nothing of the package is imported there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import lzma
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tdc_tvm.schedules.device import DeviceSpec
+    from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
+    from tdc_tvm.schedules.shape import Conv2dShape, ConvShape
+
+MANIFEST, CONSTANTS = "manifest.json", "constants.npz"
+KERNELS_PER_LIBRARY = 32
+# Exit status of a worker whose GPU context was lost after it had recorded why.
+GPU_LOST = 3
+# Small enough to be exact in every precision.
+_DIGIT_BITS, _DIGITS = 8, 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel to compile: a layer of the manifest, its shape, and a configuration."""
+
+    layer: str
+    shape: ConvShape
+    config: KernelConfig
+    is_pick: bool
+
+
+def describe(shape: ConvShape, groups: Sequence[str]) -> dict[str, Any]:
+    """A layer as plain data, for a machine that has no compiler.
+
+    A Tucker layer has a bias at its end and a ReLU, a plain convolution neither.
+
+    Parameters
+    ----------
+    shape : Conv2dShape or TuckerConvShape
+        Its padding must be the same on opposite sides, as PyTorch wants it.
+    groups : sequence of str
+        What the layer is listed under in reports.
+    """
+    is_tucker = hasattr(shape, "stages")
+    dense = shape.dense if is_tucker else shape
+    stages = shape.stages if is_tucker else (shape,)
+
+    def stage_of(conv: Conv2dShape, bias: bool) -> dict[str, Any]:
+        assert conv.padding[:2] == conv.padding[2:], f"{conv} has asymmetric padding"
+        weight = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+        options = {"stride": conv.stride, "padding": conv.padding[:2], "dilation": conv.dilation, "groups": conv.groups}
+        return {"weight": weight, "bias": bias, **options}
+
+    return {
+        "text": str(shape),
+        "kind": "tucker" if is_tucker else "conv",
+        "groups": list(groups),
+        "seed": zlib.crc32(str(shape).encode()),
+        "x": (dense.batch, dense.height, dense.width, dense.in_channels),
+        "out": (dense.batch, dense.out_height, dense.out_width, dense.out_channels),
+        "stages": [stage_of(stage, is_tucker and stage is stages[-1]) for stage in stages],
+        "original": stage_of(dense, is_tucker),
+        "relu": is_tucker,
+        "macs": shape.macs,
+        "depth": sum(stage.weight_count // stage.out_channels for stage in stages),
+    }
+
+
+def make_weights(stages: Sequence[dict[str, Any]], seed: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Random kernels that keep the scale of the activations, and biases: the same on every machine."""
+    rng = np.random.default_rng(seed)
+    weights = []
+    for stage in stages:
+        kernel = rng.standard_normal(stage["weight"], dtype=np.float32) / math.sqrt(math.prod(stage["weight"][1:]))
+        bias = rng.standard_normal(stage["weight"][0], dtype=np.float32) if stage["bias"] else None
+        weights.append((kernel.astype(np.float32), bias))
+    return weights
+
+
+def flatten(weights: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarray:
+    """A zero, then all weights behind each other."""
+    arrays = [array.ravel() for pair in weights for array in pair if array is not None]
+    return np.concatenate([np.zeros(1, np.float32), *arrays])
+
+
+def find_packing(
+    pack: Callable[[tuple[ConvWeights, ...]], Sequence[np.ndarray]], stages: Sequence[dict[str, Any]], seed: int
+) -> list[np.ndarray]:
+    """How a kernel packs its weights, found by packing the weights' own numbers.
+
+    Parameters
+    ----------
+    pack : callable
+        From a kernel's weights to its constants.
+    stages, seed
+        The layer's.
+
+    Returns
+    -------
+    list[numpy.ndarray]
+        For each constant the positions of its elements in `flatten`, as integers; or its values,
+        if it holds anything but weights and zeros.
+    """
+    from tdc_tvm.schedules.kernel import ConvWeights
+
+    weights = make_weights(stages, seed)
+    values = flatten(weights)
+
+    def pack_values(source: np.ndarray) -> list[np.ndarray]:
+        parts, at = [], 1
+        for pair in weights:
+            arrays = []
+            for array in pair:
+                size = 0 if array is None else array.size
+                arrays.append(None if array is None else source[at : at + size].reshape(array.shape))
+                at += size
+            parts.append(ConvWeights(*arrays))
+        return list(pack(tuple(parts)))
+
+    numbers = np.arange(values.size)
+    packed = pack_values(values)
+    positions = [np.zeros(array.shape, np.int64) for array in packed]
+    for shift in range(0, _DIGITS * _DIGIT_BITS, _DIGIT_BITS):
+        digits = pack_values((numbers >> shift & (1 << _DIGIT_BITS) - 1).astype(np.float32))
+        for position, digit in zip(positions, digits, strict=True):
+            position += digit.astype(np.int64) << shift
+    return [
+        position.astype(np.int32) if np.array_equal(values.take(position, mode="clip").astype(array.dtype), array)
+        else array
+        for position, array in zip(positions, packed, strict=True)
+    ]  # fmt: skip
+
+
+def store_constant(constant: np.ndarray) -> np.ndarray:
+    """Positions as differences, which repeat and so compress well; values as they are."""
+    if constant.dtype.kind != "i":
+        return constant
+    return np.diff(constant.ravel(), prepend=np.int32(0)).reshape(constant.shape)
+
+
+def restore_constant(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A packed constant, from what `store_constant` gave and the weights from `flatten`."""
+    if stored.dtype.kind != "i":
+        return stored
+    return values[np.cumsum(stored.ravel(), dtype=np.int32).reshape(stored.shape)]
+
+
+def build(
+    folder: Path,
+    layers: dict[str, dict[str, Any]],
+    candidates: Sequence[Candidate],
+    device: DeviceSpec,
+    precision: str,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Compile the candidates and write the manifest.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to; made if it is not there.
+    layers : dict
+        From `describe`, by key.
+    candidates : sequence of Candidate
+        What to compile.
+    device : DeviceSpec
+        The GPU to compile for.
+    precision : str
+        A key of `PRECISIONS`.
+    jobs : int
+        Processes to compile with.
+
+    Returns
+    -------
+    dict
+        The manifest.  A kernel that does not compile has an ``error`` and no library.
+    """
+    import tvm
+
+    import tdc_tvm
+    from tdc_tvm import schedules
+
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [(f"k{index}", layers[one.layer], one) for index, one in enumerate(candidates)]
+    starts = range(0, len(named), KERNELS_PER_LIBRARY)
+    tasks = [(folder, device, named[start : start + KERNELS_PER_LIBRARY]) for start in starts]
+    records, constants = [], {}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for number, (more, arrays) in enumerate(pool.map(_compile, *zip(*tasks, strict=True)), 1):
+            records += more
+            constants |= arrays
+            print(f"library {number} of {len(tasks)}", file=sys.stderr, flush=True)
+    np.savez_compressed(folder / CONSTANTS, **constants)
+    source = hashlib.sha256()
+    for path in sorted(Path(schedules.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    manifest = {
+        "precision": precision,
+        "device": asdict(device),
+        "built_with": {
+            "tdc_tvm": tdc_tvm.__version__,
+            "tvm": tvm.__version__,
+            "schedules_sha256": source.hexdigest()[:16],
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+        "layers": layers,
+        "kernels": records,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def _compile(
+    folder: Path, device: DeviceSpec, named: list[tuple[str, dict[str, Any], Candidate]]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Compile one library; if that fails, its halves, down to the kernels that are to blame."""
+    try:
+        return _compile_library(folder, device, named)
+    except Exception as error:
+        if len(named) == 1:
+            name, _, candidate = named[0]
+            failed = _record(name, candidate, device) | {"error": f"{type(error).__name__}: {error}"[:2000]}
+            return [failed], {}
+    records, constants = [], {}
+    for half in (named[: len(named) // 2], named[len(named) // 2 :]):
+        more, arrays = _compile(folder, device, half)
+        records += more
+        constants |= arrays
+    return records, constants
+
+
+def _compile_library(
+    folder: Path, device: DeviceSpec, named: list[tuple[str, dict[str, Any], Candidate]]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    import tvm
+    from tvm.target import Target
+
+    from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
+    from tdc_tvm.schedules import backend
+    from tdc_tvm.schedules.kernel import Kernel
+    from tdc_tvm.schedules.shape import Epilogue
+
+    target = Target({"kind": "cuda", "arch": device.arch})
+    library, functions, records, constants = f"from_{named[0][0]}.so.xz", {}, [], {}
+    for name, layer, candidate in named:
+
+        def make(weights: tuple[ConvWeights, ...], layer: dict = layer, candidate: Candidate = candidate) -> Kernel:
+            epilogue = Epilogue(clip_min=0.0 if layer["relu"] else None)
+            return backend(device).make_kernel(candidate.shape, epilogue, weights, candidate.config, device, "conv")
+
+        made: list[Kernel] = []
+
+        def pack(weights: tuple[ConvWeights, ...], make=make, made: list[Kernel] = made) -> Sequence[np.ndarray]:
+            made.append(make(weights))
+            return made[-1].constants
+
+        keys = []
+        for constant in find_packing(pack, layer["stages"], layer["seed"]):
+            keys.append(hashlib.sha256(repr((constant.shape, constant.dtype)).encode() + constant.tobytes()).hexdigest())
+            constants[keys[-1][:16]] = store_constant(constant)
+        functions[name] = made[0].func.with_attr("global_symbol", name)
+        entries = [
+            {"key": key[:16], "dtype": str(array.dtype)} for key, array in zip(keys, made[0].constants, strict=True)
+        ]
+        records.append(_record(name, candidate, device) | {"library": library, "constants": entries})
+    with cuda_compiler(target):
+        module = tvm.tirx.build(tvm.IRModule(functions), target=target)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "library.so")
+        module.export_library(str(path))
+        found = cubin_kernels(path)
+        (folder / library).write_bytes(lzma.compress(path.read_bytes()))
+    for record in records:
+        cubins = [one for one in found if one.name.startswith(record["name"] + "_kernel")]
+        record["registers"] = [one.registers for one in cubins]
+        record["local_bytes"] = [one.local_bytes for one in cubins]
+    return records, constants
+
+
+def _record(name: str, candidate: Candidate, device: DeviceSpec) -> dict[str, Any]:
+    from tdc_tvm.schedules import backend
+
+    estimate = backend(device).estimate(candidate.shape, candidate.config, device)
+    return {
+        "name": name,
+        "layer": candidate.layer,
+        "strategy": candidate.config.strategy,
+        "config": dict(candidate.config.parameters),
+        "is_pick": candidate.is_pick,
+        "predicted_us": estimate.latency_us,
+        "predicted_parts_us": estimate.parts_us,
+    }
+
+
+# Running: nothing below may import the package.
+
+
+@dataclass(frozen=True)
+class Precision:
+    """PyTorch's data type, whether cuDNN may use TF32, and the error that rounding explains, by the depth."""
+
+    dtype: str
+    allow_tf32: bool
+    tolerance: Callable[[int], float]
+
+
+PRECISIONS = {"fp32": Precision("float32", False, lambda depth: 1e-6 * math.sqrt(depth))}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that computes a layer.
+
+    Parameters
+    ----------
+    name : str
+        What it is.
+    launch : callable
+        Run on one of the copies of the data, and return the output.
+    copies : int
+        So many that, taken in turn, none of them is still in the L2 cache.
+    """
+
+    name: str
+    launch: Callable[[int], Any]
+    copies: int
+
+
+class Gpu:
+    """A build's kernels, and clocks and graphs of the GPU that runs them."""
+
+    device = "cuda"
+
+    def __init__(self, folder: Path):
+        import torch
+
+        self.folder = folder
+        self.manifest = json.loads((folder / MANIFEST).read_text())
+        self.layers = self.manifest["layers"]
+        self.precision = PRECISIONS[self.manifest["precision"]]
+        self.dtype = getattr(torch, self.precision.dtype)
+        self.constants = np.load(folder / CONSTANTS)
+        torch.backends.cudnn.benchmark = True
+        # No limit on the algorithms that are tried.
+        torch.backends.cudnn.benchmark_limit = 0
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.precision.allow_tf32
+        self.library = functools.lru_cache(maxsize=8)(self._library)
+
+    @functools.cached_property
+    def l2_bytes(self) -> int:
+        """Size of the L2 cache."""
+        import torch
+
+        return torch.cuda.get_device_properties(0).L2_cache_size
+
+    def environment(self) -> dict[str, Any]:
+        """The GPU, its clocks under load, and the versions behind a measurement."""
+        import torch
+        import tvm
+
+        fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+        a = torch.randn(8192, 8192, device=self.device)
+        for _ in range(60):
+            a @ a
+        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        torch.cuda.synchronize()
+        return {
+            "gpu": dict(zip(fields, answer.split(", "), strict=False)),
+            "sms": torch.cuda.get_device_properties(0).multi_processor_count,
+            "l2_bytes": self.l2_bytes,
+            "torch": torch.__version__,
+            "cudnn": torch.backends.cudnn.version(),
+            "cuda": torch.version.cuda,
+            "tvm": tvm.__version__,
+            "python": platform.python_version(),
+            "command": " ".join(Path(word).name for word in sys.argv),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "built_with": self.manifest["built_with"],
+            "precision": self.manifest["precision"],
+        }
+
+    def _library(self, name: str):
+        import tvm
+        from gpu_check import load_cuda_library
+
+        load_cuda_library()
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, "library.so")
+            path.write_bytes(lzma.decompress((self.folder / name).read_bytes()))
+            return tvm.runtime.load_module(str(path))
+
+    def function(self, kernel: dict[str, Any]) -> Callable[..., None]:
+        """A kernel's function of ``(x, *constants, out)``."""
+        return self.library(kernel["library"])[kernel["name"]]
+
+    def tensor(self, array: np.ndarray, dtype: str | None = None):
+        """An array on the GPU, in the build's precision unless said otherwise."""
+        import torch
+
+        wanted = self.dtype if dtype is None else getattr(torch, dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device).to(wanted)
+
+    def input(self, layer: dict[str, Any]):
+        """A layer's input, NHWC."""
+        import torch
+
+        generator = torch.Generator(self.device).manual_seed(layer["seed"])
+        return torch.randn(layer["x"], generator=generator, device=self.device).to(self.dtype)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (there is one of these in a process)
+    def reference(self, key: str):
+        """A layer's output in float64, NHWC, without cuDNN."""
+        import torch
+
+        layer = self.layers[key]
+        value = self.input(layer).double().permute(0, 3, 1, 2)
+        with torch.backends.cudnn.flags(enabled=False):
+            for stage, (kernel, bias) in zip(
+                layer["stages"], make_weights(layer["stages"], layer["seed"]), strict=True
+            ):
+                kernel, bias = self.tensor(kernel).double(), None if bias is None else self.tensor(bias).double()
+                value = torch.nn.functional.conv2d(value.contiguous(), kernel, bias, **_options(stage))
+        return (value.relu() if layer["relu"] else value).permute(0, 2, 3, 1)
+
+    def error(self, key: str, out) -> float:
+        """Relative error of an output (NHWC) in the Frobenius norm; NaN if a part was not written."""
+        expected = self.reference(key)
+        return float((out.double() - expected).norm() / expected.norm())
+
+    def copies(self, *tensors) -> int:
+        """How many copies of the tensors exceed the L2 cache by half."""
+        return max(2, math.ceil(1.5 * self.l2_bytes / sum(tensor.nbytes for tensor in tensors)))
+
+    def ours(self, kernel: dict[str, Any], cold: bool = True) -> Contender:
+        """A compiled kernel; each of its launches writes an output that begins as NaN."""
+        import torch
+
+        layer = self.layers[kernel["layer"]]
+        values = flatten(make_weights(layer["stages"], layer["seed"]))
+        first = [self.input(layer)]
+        first += [
+            self.tensor(restore_constant(self.constants[constant["key"]], values), constant["dtype"])
+            for constant in kernel["constants"]
+        ]
+        first.append(torch.full(layer["out"], math.nan, dtype=self.dtype, device=self.device))
+        data = [first]
+        if cold:
+            data += [[tensor.clone() for tensor in first] for _ in range(self.copies(*first) - 1)]
+        function = self.function(kernel)
+
+        def launch(copy: int):
+            function(*data[copy])
+            return data[copy][-1]
+
+        return Contender("ours", launch, len(data))
+
+    def capture(self, contender: Contender, launches: int, cold: bool = False) -> Callable[[], None]:
+        """Record launches as a CUDA graph, cold ones on one copy of the data after the other; gives its replay."""
+        import torch
+        import tvm_ffi
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with tvm_ffi.use_torch_stream(torch.cuda.stream(stream)):
+            for _ in range(3):
+                contender.launch(0)
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            # Outputs that are kept get memory of their own; a warm launch has that of the one before.
+            kept: deque = deque(maxlen=contender.copies if cold else 0)
+            for launch in range(launches):
+                kept.append(contender.launch(launch % contender.copies if cold else 0))
+            graph.capture_end()
+        kept.clear()
+        torch.cuda.synchronize()
+        return graph.replay
+
+    def time_ms(self, replay: Callable[[], None]) -> float:
+        """The time of a replay right after another one, which warms the caches and hides the launch."""
+        import torch
+
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        replay()
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def is_alive(self) -> bool:
+        """Whether the GPU still answers this process."""
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+        return True
+
+
+def _options(stage: dict[str, Any]) -> dict[str, Any]:
+    return {name: stage[name] for name in ("stride", "padding", "dilation", "groups")}
+
+
+def alternate(
+    gpu: Gpu, contenders: Sequence[Contender], launches: int, seconds: float, cold: bool = False, most: int = 200
+) -> dict[str, dict[str, float]]:
+    """Time contenders in turns.
+
+    Parameters
+    ----------
+    launches : int
+        Launches of a graph; cold graphs have at least one for each copy of the data.
+    seconds : float
+        How long to go on, about; there are at least 5 rounds.
+    most : int
+        Rounds at most.
+
+    Returns
+    -------
+    dict
+        By contender: median, 99th percentile and minimum of the replays in us for one launch, and their number.
+    """
+    graphs = []
+    for contender in contenders:
+        count = max(launches, contender.copies) if cold else launches
+        graphs.append((contender.name, gpu.capture(contender, count, cold), count))
+    for _, replay, _ in graphs:
+        gpu.time_ms(replay)
+    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    stop = time.monotonic() + seconds
+    for number in range(most):
+        if number >= 5 and time.monotonic() > stop:
+            break
+        for name, replay, count in graphs:
+            samples[name].append(gpu.time_ms(replay) * 1e3 / count)
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(samples_us: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile and minimum."""
+    median, p99 = np.percentile(samples_us, (50, 99))
+    values = {"median_us": median, "p99_us": p99, "min_us": min(samples_us)}
+    return {name: round(float(value), 3) for name, value in values.items()} | {"replays": len(samples_us)}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean of positive numbers; NaN of none."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; a line that a dying process left unfinished is passed over."""
+    records = []
+    for line in output.read_text().splitlines() if output.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def append_record(output: Path, record: dict[str, Any]) -> None:
+    """Add a line that is there whatever happens next."""
+    partial = output.exists() and not output.read_bytes()[-1:] in (b"", b"\n")
+    with output.open("a") as file:
+        file.write("\n" * partial + json.dumps(record) + "\n")
+
+
+def pending(names: Sequence[str], output: Path) -> list[str]:
+    """The kernels that have no record yet, in order."""
+    done = {record.get("name") for record in read_records(output)}
+    return [name for name in names if name not in done]
+
+
+def work(
+    gpu: Gpu, names: Sequence[str], output: Path, deadline: float, measure: Callable[[Gpu, dict], dict[str, Any]]
+) -> int:
+    """Measure kernels one after the other until a time (of `time.time`); the exit status of a worker."""
+    kernels = {kernel["name"]: kernel for kernel in gpu.manifest["kernels"]}
+    append_record(output, {"environment": gpu.environment()})
+    for name in pending(names, output):
+        if time.time() > deadline:
+            break
+        kernel = kernels[name]
+        try:
+            if "error" in kernel:
+                raise RuntimeError(f"was not built: {kernel['error']}")
+            result = measure(gpu, kernel)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        append_record(output, _result(kernel, gpu.layers) | result)
+        print(f"{name} {gpu.layers[kernel['layer']]['text']}: {_digest(result)}", file=sys.stderr, flush=True)
+        if "error" in result and not gpu.is_alive():
+            return GPU_LOST
+    return 0
+
+
+def _result(kernel: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+    layer = layers[kernel["layer"]]
+    shape = {key: layer[key] for key in ("text", "kind", "groups", "macs")} | {"batch": layer["x"][0]}
+    return {key: value for key, value in kernel.items() if key not in ("library", "constants")} | {"shape": shape}
+
+
+def _digest(result: dict[str, Any]) -> str:
+    times = {name: part["median_us"] for name, part in result.get("warm", {}).items()}
+    return result.get("error") or ", ".join(f"{name} {median:.2f} us" for name, median in times.items())
+
+
+def supervise(
+    worker: Sequence[str], manifest: dict[str, Any], names: Sequence[str], output: Path, budget_s: float, stall_s: float
+) -> int:
+    """Run workers until all kernels have a record or the time is over.
+
+    A kernel can end its process or hang it.  The first kernel without a record is then to blame: it
+    gets one that says so, and a new worker goes on behind it.
+
+    Parameters
+    ----------
+    worker : sequence of str
+        The command; the time when to stop is added.
+    manifest : dict
+        The build's.
+    names : sequence of str
+        The kernels to measure.
+    output : Path
+        The records.
+    budget_s, stall_s : float
+        Time for everything, and time without a new record after which a worker is killed.
+
+    Returns
+    -------
+    int
+        Kernels without a record.
+    """
+    kernels = {kernel["name"]: kernel for kernel in manifest["kernels"]}
+    deadline = time.time() + budget_s
+    while (left := pending(names, output)) and time.time() < deadline:
+        process = subprocess.Popen([*worker, "--deadline", str(deadline)])
+        status = _wait(process, output, stall_s)
+        if status == 0:
+            break
+        if status == GPU_LOST:
+            continue
+        left = pending(names, output)
+        if left:
+            error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
+            append_record(output, _result(kernels[left[0]], manifest["layers"]) | {"error": error})
+    return len(pending(names, output))
+
+
+def _wait(process: subprocess.Popen, output: Path, stall_s: float) -> int | None:
+    """Wait for a worker; None if it stalled and was killed."""
+    size, since = -1, time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.1)
+        now = output.stat().st_size if output.exists() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > stall_s:
+            process.kill()
+            process.wait()
+            return None
+    return process.returncode
