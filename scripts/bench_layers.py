@@ -15,7 +15,6 @@ and of all the algorithms that its benchmark mode tries.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ import gpu_layers
 from gpu_layers import Contender, Gpu
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tdc_tvm.schedules.device import DeviceSpec
     from tdc_tvm.schedules.shape import ConvShape
 
@@ -97,7 +98,9 @@ def build(
     choose: Callable[[ConvShape], list[tuple[Any, bool]]],
 ) -> dict[str, Any]:
     """Compile what ``choose`` gives for every layer: configurations, and whether each is the model's pick."""
-    described = {f"layer{index}": gpu_layers.describe(shape, groups) for index, (shape, groups) in enumerate(layers.items())}
+    described = {
+        f"layer{index}": gpu_layers.describe(shape, groups) for index, (shape, groups) in enumerate(layers.items())
+    }
     candidates = [
         gpu_layers.Candidate(key, shape, config, is_pick)
         for key, shape in zip(described, layers, strict=True)
@@ -117,36 +120,272 @@ def cudnn(gpu: Gpu, layer: dict[str, Any], stages: Sequence[dict[str, Any]], nam
     contenders = []
     for layout in ("nchw", "nhwc"):
         memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        x = gpu.input(layer).permute(0, 3, 1, 2).contiguous(memory_format=memory)
-        kernels = [gpu.tensor(kernel).contiguous(memory_format=memory) for kernel, _ in weights]
-        biases = [None if bias is None else gpu.tensor(bias) for _, bias in weights]
-        contenders.append(_chain(gpu, f"{name}/{layout}", x, kernels, biases, stages, layer["relu"], fused=False))
+        data = [gpu.input(layer).permute(0, 3, 1, 2).contiguous(memory_format=memory)]
+        data += [gpu.tensor(kernel).contiguous(memory_format=memory) for kernel, _ in weights]
         if layer["relu"]:
-            contenders.append(_chain(gpu, f"{name}/{layout}/fused", x, kernels, biases, stages, True, fused=True))
+            data.append(gpu.tensor(weights[-1][1]))
+            contenders.append(Contender(f"{name}/{layout}/fused", data, _chain(stages, "fused")))
+        contenders.append(Contender(f"{name}/{layout}", data, _chain(stages, "relu" if layer["relu"] else "none")))
     return contenders
 
 
-def _chain(gpu: Gpu, name: str, x, kernels, biases, stages, relu: bool, fused: bool) -> Contender:
+def _chain(stages: Sequence[dict[str, Any]], end: str) -> Callable[[Sequence[Any]], Any]:
+    """A launch of convolutions on ``(x, *kernels, [bias])``; ``end`` is ``none``, ``relu`` or ``fused``."""
+    from torch import cudnn_convolution_relu
+    from torch.nn.functional import conv2d, relu_
+
+    def launch(data: Sequence[Any]):
+        value, *kernels = data[: len(stages) + 1]
+        bias = data[-1] if end != "none" else None
+        for kernel, stage in zip(kernels[:-1], stages[:-1], strict=True):
+            value = conv2d(value, kernel, **gpu_layers.options(stage))
+        last = gpu_layers.options(stages[-1])
+        if end == "fused":
+            return cudnn_convolution_relu(value, kernels[-1], bias, *last.values())
+        value = conv2d(value, kernels[-1], bias, **last)
+        return relu_(value) if end == "relu" else value
+
+    return launch
+
+
+def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Check one kernel, then time it beside the best way of cuDNN, on the same layer and on the original.
+
+    Raises
+    ------
+    ArithmeticError
+        If the kernel's result is wrong.
+    """
+    layer = gpu.layers[kernel["layer"]]
+    ours = gpu.ours(kernel)
+    result = {"error_norm": gpu.check(kernel["layer"], ours)}
+    finalists, variants = [ours], {}
+    chains = {"original": [layer["original"]]}
+    if layer["kind"] == "tucker":
+        chains = {"triplet": layer["stages"]} | chains
+    for name, stages in chains.items():
+        found = {contender.name: contender for contender in cudnn(gpu, layer, stages, name)}
+        if stages == layer["stages"]:
+            out = found[f"{name}/nchw"].launch(found[f"{name}/nchw"].data)
+            result["cudnn_error_norm"] = gpu.error(kernel["layer"], out.permute(0, 2, 3, 1))
+        times = gpu_layers.alternate(gpu, list(found.values()), LAUNCHES, seconds / 4, most=10)
+        best = min(times, key=lambda one: times[one]["median_us"])
+        variants |= times
+        finalists.append(Contender(name, found[best].data, found[best].launch))
+        result[f"best_{name}"] = best
+    result["warm"] = gpu_layers.alternate(gpu, finalists, LAUNCHES, seconds)
+    result["cold"] = gpu_layers.alternate(gpu, finalists, LAUNCHES, seconds / 2, cold=True)
+    return result | {"variants": variants}
+
+
+def speedups(records: Sequence[dict[str, Any]], caches: str = "warm") -> dict[str, list[float]]:
+    """How much longer cuDNN takes than ours, by ``triplet`` and ``original``; failed kernels have no part in it."""
+    ratios: dict[str, list[float]] = {"triplet": [], "original": []}
+    for record in records:
+        times = record.get(caches, {})
+        for name in ratios.keys() & times.keys():
+            ratios[name].append(times[name]["median_us"] / times["ours"]["median_us"])
+    return ratios
+
+
+def by_group(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Kernels by group and batch; one can be in several."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        for group in record["shape"]["groups"]:
+            groups.setdefault((group, record["shape"]["batch"]), []).append(record)
+    return groups
+
+
+def report(records: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print a table for each group and batch, and the geometric means of all."""
+    from rich.table import Table
+
+    for environment in (record["environment"] for record in records if "environment" in record):
+        console.print(environment)
+    groups = by_group([record for record in records if "name" in record])
+    for (group, batch), members in groups.items():
+        table = Table(title=f"{group}, batch {batch}: us of a launch, L2-warm (ratios to ours; cold: L2-cold)")
+        table.add_column("layer", no_wrap=True)
+        for name in (
+            "ours",
+            "p99",
+            "triplet",
+            "original",
+            "tri/our",
+            "orig/our",
+            "cold",
+            "cold tri/our",
+            "cold orig/our",
+        ):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("predicted", justify="right")
+        for record in members:
+            table.add_row(record["shape"]["text"], *_cells(record))
+        console.print(table)
+    summary = Table(title="Geometric means of cuDNN's time over ours")
+    for name in ("group", "batch", "kernels", "failed", "triplet", "original", "cold triplet", "cold original"):
+        summary.add_column(name, justify="left" if name == "group" else "right")
+    for (group, batch), members in groups.items():
+        failed = sum("error" in record for record in members)
+        means = [
+            f"{gpu_layers.geometric_mean(ratios):.2f}"
+            for caches in ("warm", "cold")
+            for ratios in speedups(members, caches).values()
+        ]
+        summary.add_row(group, str(batch), str(len(members)), str(failed), *means)
+    console.print(summary)
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    if "error" in record:
+        return [record["error"][:60]]
+
+    def cell(times: dict[str, Any], name: str, key: str = "median_us") -> str:
+        return f"{times[name][key]:.2f}" if name in times else "-"
+
+    def ratio(caches: str, name: str) -> str:
+        found = speedups([record], caches)[name]
+        return f"{found[0]:.2f}" if found else "-"
+
+    warm = record["warm"]
+    return [
+        cell(warm, "ours"),
+        cell(warm, "ours", "p99_us"),
+        cell(warm, "triplet"),
+        cell(warm, "original"),
+        ratio("warm", "triplet"),
+        ratio("warm", "original"),
+        cell(record["cold"], "ours"),
+        ratio("cold", "triplet"),
+        ratio("cold", "original"),
+        f"{record['predicted_us']:.2f}",
+    ]
+
+
+def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw bars of ours, the triplet and the original for each group and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for (group, batch), members in by_group([record for record in records if "warm" in record]).items():
+        figure, axes = pyplot.subplots(figsize=(max(6, 0.9 * len(members)), 5), layout="constrained")
+        names = [name for name in ("ours", "triplet", "original") if name in members[0]["warm"]]
+        for index, name in enumerate(names):
+            places = [place + 0.8 * (index / len(names)) for place in range(len(members))]
+            heights = [record["warm"][name]["median_us"] for record in members]
+            label = name if name == "ours" else f"{name} (cuDNN)"
+            axes.bar(places, heights, 0.8 / len(names), align="edge", label=label)
+        axes.set_xticks([place + 0.4 for place in range(len(members))])
+        axes.set_xticklabels(
+            [record["shape"]["text"].replace(" at ", "\n") for record in members], rotation=60, ha="right"
+        )
+        axes.set_ylabel("us of a launch, L2-warm")
+        axes.set_yscale("log")
+        axes.set_title(f"{group}, batch {batch}")
+        axes.legend()
+        paths.append(folder / f"{group}_batch{batch}.png")
+        figure.savefig(paths[-1], dpi=120)
+        pyplot.close(figure)
+    return paths
+
+
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``build``, which the oracle shares."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", choices=list(gpu_layers.PRECISIONS), default="fp32")
+    parser.add_argument("--arch", default="sm_90", help="stands for the datacentre GPU that has it")
+    parser.add_argument("--gpu", help="compile for this GPU of the package's table, such as H200, instead of --arch")
+    parser.add_argument("--shapes", nargs="+", choices=["all", "core", *NETWORKS], default=["all"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--jobs", type=int, default=1, help="processes to compile with")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``run``, which the oracle shares."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="JSON lines; kernels that have one are skipped"
+    )
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which no kernel is begun")
+    parser.add_argument("--stall", type=float, default=120, help="seconds without a result that a kernel is given")
+    parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
+    parser.add_argument("--shapes", nargs="+", help="only layers of these groups, such as core or densenet121")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of timing for a kernel, about")
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+
+
+def device_of(arguments: argparse.Namespace) -> DeviceSpec:
+    """The GPU to compile for."""
+    from tvm.target import Target
+
+    from tdc_tvm.schedules.device import GPUS, DeviceSpec
+
+    if arguments.gpu is None:
+        return DeviceSpec.from_target(Target({"kind": "cuda", "arch": arguments.arch}))
+    if arguments.gpu not in GPUS:
+        raise SystemExit(f"no GPU {arguments.gpu!r} in the table; there are: {', '.join(GPUS)}")
+    return GPUS[arguments.gpu]
+
+
+def run_command(
+    arguments: argparse.Namespace, script: Path, measure: Callable[[Gpu, dict[str, Any], float], dict[str, Any]]
+) -> int:
+    """``run``: as the supervisor, or with a deadline as its worker."""
+    manifest = gpu_layers.read_manifest(arguments.folder)
+    names = gpu_layers.kernel_names(manifest, arguments.batch, arguments.shapes)
+    if arguments.deadline is None:
+        worker = [sys.executable, str(script), *sys.argv[1:]]
+        left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall)
+        print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output.name}")
+        return 1 if left else 0
     import torch
 
-    n, h, w, c = stages_out(x.shape, stages)
-    out_bytes = n * h * w * c * x.element_size()
-    used = x.nbytes + sum(kernel.nbytes for kernel in kernels) + out_bytes
-    count = max(2, math.ceil(1.5 * gpu.l2_bytes / used))
-    data: list = [(x, kernels)]
+    with torch.inference_mode():
+        gpu = Gpu(arguments.folder)
+        return gpu_layers.work(
+            gpu, names, arguments.output, arguments.deadline, lambda *given: measure(*given, arguments.seconds)
+        )
 
-    def launch(copy: int):
-        while len(data) <= copy:
-            data.append((x.clone(), [kernel.clone() for kernel in kernels]))
-        value, filters = data[copy]
-        *inner, last = zip(filters, biases, stages, strict=True)
-        for kernel, bias, stage in inner:
-            value = torch.nn.functional.conv2d(value, kernel, bias, **gpu_layers.options(stage))
-        kernel, bias, stage = last
-        if fused:
-            arguments = (stage["stride"], stage["padding"], stage["dilation"], stage["groups"])
-            return torch.cudnn_convolution_relu(value, kernel, bias, *arguments)
-        value = torch.nn.functional.conv2d(value, kernel, bias, **gpu_layers.options(stage))
-        return torch.nn.functional.relu_(value) if relu else value
 
-    return Contender(name, launch, count)
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_build_options(commands.add_parser("build", help="compile the model's picks; needs no GPU"))
+    add_run_options(commands.add_parser("run", help="check and time them, and cuDNN"))
+    report_command = commands.add_parser("report", help="print tables, draw plots")
+    report_command.add_argument("results", type=Path, nargs="+")
+    report_command.add_argument("--plots", type=Path, help="folder for PNG files; needs matplotlib")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        return run_command(arguments, Path(__file__), measure)
+    if arguments.command == "build":
+        from tdc_tvm.schedules import backend
+
+        device = device_of(arguments)
+        layers = select(arguments.shapes, arguments.batch)
+        manifest = build(
+            arguments.folder,
+            layers,
+            device,
+            arguments.precision,
+            arguments.jobs,
+            lambda shape: [(backend(device).choose(shape, device)[0], True)],
+        )
+        return gpu_layers.print_build(manifest)
+    from rich.console import Console
+
+    records = [record for path in arguments.results for record in gpu_layers.read_records(path)]
+    report(records, Console(width=None if sys.stdout.isatty() else 200))
+    for path in plot(records, arguments.plots) if arguments.plots else ():
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

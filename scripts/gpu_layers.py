@@ -148,10 +148,11 @@ def find_packing(
         for position, digit in zip(positions, digits, strict=True):
             position += digit.astype(np.int64) << shift
     return [
-        position.astype(np.int32) if np.array_equal(values.take(position, mode="clip").astype(array.dtype), array)
+        position.astype(np.int32)
+        if np.array_equal(values.take(position, mode="clip").astype(array.dtype), array)
         else array
         for position, array in zip(positions, packed, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def store_constant(constant: np.ndarray) -> np.ndarray:
@@ -279,7 +280,9 @@ def _compile_library(
 
         keys = []
         for constant in find_packing(pack, layer["stages"], layer["seed"]):
-            keys.append(hashlib.sha256(repr((constant.shape, constant.dtype)).encode() + constant.tobytes()).hexdigest())
+            keys.append(
+                hashlib.sha256(repr((constant.shape, constant.dtype)).encode() + constant.tobytes()).hexdigest()
+            )
             constants[keys[-1][:16]] = store_constant(constant)
         functions[name] = made[0].func.with_attr("global_symbol", name)
         entries = [
@@ -338,15 +341,15 @@ class Contender:
     ----------
     name : str
         What it is.
+    data : sequence of torch.Tensor
+        All that it reads, and writes unless it makes its output itself.
     launch : callable
-        Run on one of the copies of the data, and return the output.
-    copies : int
-        So many that, taken in turn, none of them is still in the L2 cache.
+        Run on such data, and return the output.
     """
 
     name: str
-    launch: Callable[[int], Any]
-    copies: int
+    data: Sequence[Any]
+    launch: Callable[[Sequence[Any]], Any]
 
 
 class Gpu:
@@ -358,7 +361,7 @@ class Gpu:
         import torch
 
         self.folder = folder
-        self.manifest = json.loads((folder / MANIFEST).read_text())
+        self.manifest = read_manifest(folder)
         self.layers = self.manifest["layers"]
         self.precision = PRECISIONS[self.manifest["precision"]]
         self.dtype = getattr(torch, self.precision.dtype)
@@ -443,61 +446,90 @@ class Gpu:
                 layer["stages"], make_weights(layer["stages"], layer["seed"]), strict=True
             ):
                 kernel, bias = self.tensor(kernel).double(), None if bias is None else self.tensor(bias).double()
-                value = torch.nn.functional.conv2d(value.contiguous(), kernel, bias, **_options(stage))
+                value = torch.nn.functional.conv2d(value.contiguous(), kernel, bias, **options(stage))
         return (value.relu() if layer["relu"] else value).permute(0, 2, 3, 1)
+
+    def check(self, key: str, contender: Contender) -> float:
+        """The error of a contender's output (NHWC).
+
+        Raises
+        ------
+        ArithmeticError
+            If rounding does not explain it.
+        """
+        error, limit = (
+            self.error(key, contender.launch(contender.data)),
+            self.precision.tolerance(self.layers[key]["depth"]),
+        )
+        if not error <= limit:
+            raise ArithmeticError(f"wrong result: relative error {error:.2e}, at most {limit:.2e} expected")
+        return error
 
     def error(self, key: str, out) -> float:
         """Relative error of an output (NHWC) in the Frobenius norm; NaN if a part was not written."""
         expected = self.reference(key)
         return float((out.double() - expected).norm() / expected.norm())
 
-    def copies(self, *tensors) -> int:
-        """How many copies of the tensors exceed the L2 cache by half."""
-        return max(2, math.ceil(1.5 * self.l2_bytes / sum(tensor.nbytes for tensor in tensors)))
-
-    def ours(self, kernel: dict[str, Any], cold: bool = True) -> Contender:
-        """A compiled kernel; each of its launches writes an output that begins as NaN."""
+    def ours(self, kernel: dict[str, Any]) -> Contender:
+        """A compiled kernel; its output begins as NaN."""
         import torch
 
         layer = self.layers[kernel["layer"]]
         values = flatten(make_weights(layer["stages"], layer["seed"]))
-        first = [self.input(layer)]
-        first += [
+        constants = [
             self.tensor(restore_constant(self.constants[constant["key"]], values), constant["dtype"])
             for constant in kernel["constants"]
         ]
-        first.append(torch.full(layer["out"], math.nan, dtype=self.dtype, device=self.device))
-        data = [first]
-        if cold:
-            data += [[tensor.clone() for tensor in first] for _ in range(self.copies(*first) - 1)]
+        out = torch.full(layer["out"], math.nan, dtype=self.dtype, device=self.device)
         function = self.function(kernel)
 
-        def launch(copy: int):
-            function(*data[copy])
-            return data[copy][-1]
+        def launch(data: Sequence[Any]):
+            function(*data)
+            return data[-1]
 
-        return Contender("ours", launch, len(data))
+        return Contender("ours", [self.input(layer), *constants, out], launch)
 
-    def capture(self, contender: Contender, launches: int, cold: bool = False) -> Callable[[], None]:
-        """Record launches as a CUDA graph, cold ones on one copy of the data after the other; gives its replay."""
+    def capture(self, contender: Contender, launches: int, cold: bool) -> tuple[Callable[[], None], int]:
+        """Record launches as a CUDA graph.
+
+        Cold ones go round copies of the data, outputs included, that exceed the L2 cache by half,
+        at least once.
+
+        Returns
+        -------
+        tuple of callable and int
+            What replays the graph, and how many launches it has.
+        """
         import torch
         import tvm_ffi
 
+        copies = 1
+        if cold:
+            out = contender.launch(contender.data)
+            tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*contender.data, out)}
+            copies = max(2, math.ceil(1.5 * self.l2_bytes / sum(tensors.values())))
+        data = [contender.data, *([tensor.clone() for tensor in contender.data] for _ in range(copies - 1))]
+        launches = max(launches, copies)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.cuda.synchronize()
         with tvm_ffi.use_torch_stream(torch.cuda.stream(stream)):
             for _ in range(3):
-                contender.launch(0)
+                contender.launch(contender.data)
             torch.cuda.synchronize()
             graph.capture_begin()
             # Outputs that are kept get memory of their own; a warm launch has that of the one before.
-            kept: deque = deque(maxlen=contender.copies if cold else 0)
+            kept: deque = deque(maxlen=copies if cold else 0)
             for launch in range(launches):
-                kept.append(contender.launch(launch % contender.copies if cold else 0))
+                kept.append(contender.launch(data[launch % copies]))
             graph.capture_end()
-        kept.clear()
         torch.cuda.synchronize()
-        return graph.replay
+
+        def replay() -> None:
+            # The graph knows addresses only: the copies must live as long as it does.
+            assert data
+            graph.replay()
+
+        return replay, launches
 
     def time_ms(self, replay: Callable[[], None]) -> float:
         """The time of a replay right after another one, which warms the caches and hides the launch."""
@@ -522,7 +554,8 @@ class Gpu:
         return True
 
 
-def _options(stage: dict[str, Any]) -> dict[str, Any]:
+def options(stage: dict[str, Any]) -> dict[str, Any]:
+    """A convolution's options as PyTorch calls them."""
     return {name: stage[name] for name in ("stride", "padding", "dilation", "groups")}
 
 
@@ -534,7 +567,7 @@ def alternate(
     Parameters
     ----------
     launches : int
-        Launches of a graph; cold graphs have at least one for each copy of the data.
+        Launches of a graph, at least.
     seconds : float
         How long to go on, about; there are at least 5 rounds.
     most : int
@@ -545,10 +578,7 @@ def alternate(
     dict
         By contender: median, 99th percentile and minimum of the replays in us for one launch, and their number.
     """
-    graphs = []
-    for contender in contenders:
-        count = max(launches, contender.copies) if cold else launches
-        graphs.append((contender.name, gpu.capture(contender, count, cold), count))
+    graphs = [(contender.name, *gpu.capture(contender, launches, cold)) for contender in contenders]
     for _, replay, _ in graphs:
         gpu.time_ms(replay)
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -587,9 +617,37 @@ def read_records(output: Path) -> list[dict[str, Any]]:
 
 def append_record(output: Path, record: dict[str, Any]) -> None:
     """Add a line that is there whatever happens next."""
-    partial = output.exists() and not output.read_bytes()[-1:] in (b"", b"\n")
+    partial = output.exists() and output.read_bytes()[-1:] not in (b"", b"\n")
     with output.open("a") as file:
         file.write("\n" * partial + json.dumps(record) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `build` wrote."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def kernel_names(manifest: dict[str, Any], batches: Sequence[int] | None, groups: Sequence[str] | None) -> list[str]:
+    """The kernels of some batch sizes and groups; None stands for all."""
+    names = []
+    for kernel in manifest["kernels"]:
+        layer = manifest["layers"][kernel["layer"]]
+        in_group = groups is None or not set(groups).isdisjoint(layer["groups"])
+        if in_group and (batches is None or layer["x"][0] in batches):
+            names.append(kernel["name"])
+    return names
+
+
+def print_build(manifest: dict[str, Any]) -> int:
+    """Say what was built and what was not; an exit status."""
+    failed = [kernel for kernel in manifest["kernels"] if "error" in kernel]
+    for kernel in failed:
+        print(f"{manifest['layers'][kernel['layer']]['text']}: {kernel['config']}: {kernel['error'][:300]}")
+    spilling = sum(any(kernel.get("local_bytes", ())) for kernel in manifest["kernels"])
+    print(
+        f"{len(manifest['layers'])} layers, {len(manifest['kernels'])} kernels, {len(failed)} failed, {spilling} spill"
+    )
+    return 1 if failed else 0
 
 
 def pending(names: Sequence[str], output: Path) -> list[str]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tdc_tvm.errors import TdcError
@@ -28,6 +29,12 @@ _HOMES = {
     "build": "tdc_tvm.compiler",
     "load": "tdc_tvm.compiled_model",
 }
+
+# An installed package holds its subpackages; in a source checkout, which Python prefers when it is
+# started there, they lie beside this folder.
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "schedules").is_dir():
+    __path__.append(str(_HERE.parent))
 
 
 def __getattr__(name: str) -> object:
