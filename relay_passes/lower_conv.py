@@ -101,8 +101,11 @@ class _Lowerer(relax.PyExprMutator):
         x, *residual = (self._permuted(arg, _TO_NHWC) if op.data_layout == "NCHW" else arg for arg in operands)
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
         dense = op.shape.dense if isinstance(op.shape, TuckerConvShape) else op.shape
-        out = relax.TensorType((dense.batch, dense.out_height, dense.out_width, dense.out_channels), "float32")
-        result = relax.call_tir(callee, relax.Tuple([x, *constants, *residual]), out)
+        out = (dense.batch, dense.out_height, dense.out_width, dense.out_channels)
+        types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
+        result = relax.call_tir(callee, relax.Tuple([x, *constants, *residual]), types)
+        if kernel.between:
+            result = self.builder_.emit(relax.TupleGetItem(self.builder_.emit(result), 0))
         return self._permuted(result, _TO_NCHW) if op.data_layout == "NCHW" else result
 
     def _permuted(self, value: relax.Expr, axes: tuple[int, ...]) -> relax.Var:

@@ -27,6 +27,8 @@ class DeviceSpec:
         ``"sm_90"`` for a GPU, LLVM's processor name for a CPU.
     core_count : int
         Streaming multiprocessors, or CPU cores.
+    clock_hz : float
+        Boost clock of the processors.
     fp32_flops_per_s : float
         Peak FP32 rate of the whole device without tensor cores, a fused multiply-add counted as two.
     dram_bytes_per_s : float
@@ -47,6 +49,7 @@ class DeviceSpec:
     kind: str
     arch: str
     core_count: int
+    clock_hz: float
     fp32_flops_per_s: float
     dram_bytes_per_s: float
     l2_bytes: int
@@ -55,6 +58,11 @@ class DeviceSpec:
     vector_bytes: int
     launch_us: float
     source: str
+
+    @property
+    def compute_capability(self) -> int:
+        """90 for ``"sm_90a"``; 0 for a CPU."""
+        return int(self.arch.removeprefix("sm_").rstrip("a")) if self.kind == "cuda" else 0
 
     @staticmethod
     def from_target(target: Target) -> DeviceSpec:
@@ -103,7 +111,7 @@ def use_cpu_threads() -> None:
 
 
 def _gpu(
-    name: str, arch: str, sms: int, tflops: float, gbs: float, l2_mb: float, optin_kb: int, source: str
+    name: str, arch: str, sms: int, mhz: float, tflops: float, gbs: float, l2_mb: float, optin_kb: int, source: str
 ) -> DeviceSpec:
     """One GPU from datasheet figures; ``launch_us`` is a kernel inside a CUDA graph, measured on an H100."""
     return DeviceSpec(
@@ -111,6 +119,7 @@ def _gpu(
         "cuda",
         arch,
         sms,
+        mhz * 1e6,
         tflops * 1e12,
         gbs * 1e9,
         int(l2_mb * 2**20),
@@ -127,13 +136,13 @@ def _gpu(
 GPUS = {
     spec.name: spec
     for spec in (
-        _gpu("H100", "sm_90", 132, 66.9, 3350, 50, 227, "NVIDIA H100 SXM5 80GB datasheet"),
-        _gpu("H200", "sm_90", 132, 66.9, 4800, 50, 227, "NVIDIA H200 SXM 141GB datasheet"),
-        _gpu("A100", "sm_80", 108, 19.5, 2039, 40, 163, "NVIDIA A100 SXM 80GB datasheet"),
-        _gpu("RTX 3090", "sm_86", 82, 35.6, 936, 6, 99, "NVIDIA Ampere GA102 whitepaper"),
-        _gpu("RTX 4090", "sm_89", 128, 82.6, 1008, 72, 99, "NVIDIA Ada GPU architecture whitepaper"),
-        _gpu("L4", "sm_89", 58, 30.3, 300, 48, 99, "NVIDIA L4 datasheet"),
-        _gpu("RTX 2080 Ti", "sm_75", 68, 13.4, 616, 5.5, 64, "NVIDIA Turing TU102 whitepaper"),
+        _gpu("H100", "sm_90", 132, 1980, 66.9, 3350, 50, 227, "NVIDIA H100 SXM5 80GB datasheet"),
+        _gpu("H200", "sm_90", 132, 1980, 66.9, 4800, 50, 227, "NVIDIA H200 SXM 141GB datasheet"),
+        _gpu("A100", "sm_80", 108, 1410, 19.5, 2039, 40, 163, "NVIDIA A100 SXM 80GB datasheet"),
+        _gpu("RTX 3090", "sm_86", 82, 1695, 35.6, 936, 6, 99, "NVIDIA Ampere GA102 whitepaper"),
+        _gpu("RTX 4090", "sm_89", 128, 2520, 82.6, 1008, 72, 99, "NVIDIA Ada GPU architecture whitepaper"),
+        _gpu("L4", "sm_89", 58, 2040, 30.3, 300, 48, 99, "NVIDIA L4 datasheet"),
+        _gpu("RTX 2080 Ti", "sm_75", 68, 1545, 13.4, 616, 5.5, 64, "NVIDIA Turing TU102 whitepaper"),
     )
 }
 
@@ -150,6 +159,7 @@ def _cpu(mcpu: str, threads: int) -> DeviceSpec:
         "cpu",
         mcpu,
         threads,
+        2.5e9,
         flops,
         10e9 * threads,
         2**20,

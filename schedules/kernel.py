@@ -57,11 +57,14 @@ class Kernel:
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Takes ``(x, *constants, [residual], out)``; ``x``, ``residual`` and ``out`` are NHWC.
+        Takes ``(x, *constants, [residual], out, *between)``; ``x``, ``residual`` and ``out`` are NHWC.
         It is fully scheduled and marked so (``tirx.is_scheduled``, ``op_pattern`` 8).
     constants : tuple[numpy.ndarray, ...]
         Weights and biases, packed for this kernel.
+    between : tuple of shapes
+        Further outputs, of the output's type: what one of several kernels hands to the next.
     """
 
     func: tirx.PrimFunc
     constants: tuple[np.ndarray, ...]
+    between: tuple[tuple[int, ...], ...] = ()

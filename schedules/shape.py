@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdc_tvm.errors import TdcError
+
+# What each precision stores.
+DTYPES = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, order=True)
@@ -23,12 +26,15 @@ class Conv2dShape:
         Zeros added at the top, left, bottom and right (ONNX's ``pads`` order).
     groups : int
         Channel groups; 1 is a dense convolution.
+    precision : str
+        Arithmetic and storage: ``"fp32"`` strict, ``"tf32"`` (stored as FP32, multiplied on tensor
+        cores), ``"fp16"`` or ``"bf16"`` (on tensor cores, summed in FP32).
 
     Raises
     ------
     TdcError
-        If an extent is not positive, the channels do not divide by the groups, or the window is
-        larger than the padded input.
+        If the precision is unknown, an extent is not positive, the channels do not divide by the
+        groups, or the window is larger than the padded input.
     """
 
     batch: int
@@ -41,8 +47,11 @@ class Conv2dShape:
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise TdcError(f"unknown precision {self.precision!r}; use one of {', '.join(DTYPES)}")
         positive = (
             self.batch,
             self.height,
@@ -95,6 +104,11 @@ class Conv2dShape:
         return self.out_pixels * self.weight_count
 
     @property
+    def dtype(self) -> str:
+        """What activations and weights are stored as."""
+        return DTYPES[self.precision]
+
+    @property
     def is_pointwise(self) -> bool:
         """Whether this is a plain 1x1: stride 1, no padding, no groups."""
         return self.kernel == self.stride == (1, 1) and not any(self.padding) and self.groups == 1
@@ -108,6 +122,8 @@ class Conv2dShape:
             text += f" dilation {self.dilation[0]}x{self.dilation[1]}"
         if self.groups > 1:
             text += f" groups {self.groups}"
+        if self.precision != "fp32":
+            text += f" {self.precision}"
         return text
 
 
@@ -140,12 +156,16 @@ class TuckerConvShape:
     def stages(self) -> tuple[Conv2dShape, Conv2dShape, Conv2dShape]:
         """The reducing 1x1, the core and the expanding 1x1."""
         d = self.dense
-        reduce = Conv2dShape(d.batch, d.height, d.width, d.in_channels, self.rank_in)
-        core = Conv2dShape(
-            d.batch, d.height, d.width, self.rank_in, self.rank_out, d.kernel, d.stride, d.padding, d.dilation
+        plain = Conv2dShape(d.batch, d.height, d.width, d.in_channels, self.rank_in, precision=d.precision)
+        core = replace(d, in_channels=self.rank_in, out_channels=self.rank_out)
+        expand = replace(
+            plain,
+            height=d.out_height,
+            width=d.out_width,
+            in_channels=self.rank_out,
+            out_channels=d.out_channels,
         )
-        expand = Conv2dShape(d.batch, d.out_height, d.out_width, self.rank_out, d.out_channels)
-        return reduce, core, expand
+        return plain, core, expand
 
     @property
     def weight_count(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,16 @@ def network_shapes(name: str, batch: int) -> Iterator[tuple[ConvShape, str]]:
         yield TuckerConvShape(dense, ranks.rank_in, ranks.rank_out), name
 
 
-def select(names: Sequence[str], batches: Sequence[int]) -> dict[ConvShape, list[str]]:
+def with_precision(shape: ConvShape, precision: str) -> ConvShape:
+    """The same convolution in another precision."""
+    from tdc_tvm.schedules.shape import Conv2dShape
+
+    if isinstance(shape, Conv2dShape):
+        return replace(shape, precision=precision)
+    return replace(shape, dense=replace(shape.dense, precision=precision))
+
+
+def select(names: Sequence[str], batches: Sequence[int], precision: str) -> dict[ConvShape, list[str]]:
     """The distinct layers, batch by batch, and the groups that each belongs to."""
     wanted = ("core", *NETWORKS) if "all" in names else names
     layers: dict[ConvShape, list[str]] = {}
@@ -83,7 +93,7 @@ def select(names: Sequence[str], batches: Sequence[int]) -> dict[ConvShape, list
             sources = [core_shapes(batch)] if name == "core" else [network_shapes(one, batch) for one in networks]
             for source in sources:
                 for shape, group in source:
-                    groups = layers.setdefault(shape, [])
+                    groups = layers.setdefault(with_precision(shape, precision), [])
                     if group not in groups:
                         groups.append(group)
     return layers
@@ -109,14 +119,14 @@ def build(
     return gpu_layers.build(folder, described, candidates, device, precision, jobs)
 
 
-def cudnn(gpu: Gpu, layer: dict[str, Any], stages: Sequence[dict[str, Any]], name: str) -> list[Contender]:
-    """Ways to run a chain of convolutions with PyTorch: ``name/layout`` and ``name/layout/fused``.
+def cudnn(gpu: Gpu, layer: dict[str, Any], chain: str, name: str) -> list[Contender]:
+    """Ways to run a layer's ``chain`` of convolutions with PyTorch: ``name/layout`` and ``name/layout/fused``.
 
     A chain that ends with a bias and a ReLU can end with cuDNN's operator for all three.
     """
     import torch
 
-    weights = gpu_layers.make_weights(stages, layer["seed"])
+    weights, stages = gpu_layers.make_weights(layer, chain), layer[chain]
     contenders = []
     for layout in ("nchw", "nhwc"):
         memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
@@ -160,12 +170,10 @@ def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float) -> dict[str, Any]:
     ours = gpu.ours(kernel)
     result = {"error_norm": gpu.check(kernel["layer"], ours)}
     finalists, variants = [ours], {}
-    chains = {"original": [layer["original"]]}
-    if layer["kind"] == "tucker":
-        chains = {"triplet": layer["stages"]} | chains
-    for name, stages in chains.items():
-        found = {contender.name: contender for contender in cudnn(gpu, layer, stages, name)}
-        if stages == layer["stages"]:
+    chains = {"triplet": "stages", "original": "original"} if layer["kind"] == "tucker" else {"original": "stages"}
+    for name, chain in chains.items():
+        found = {contender.name: contender for contender in cudnn(gpu, layer, chain, name)}
+        if chain == "stages":
             out = found[f"{name}/nchw"].launch(found[f"{name}/nchw"].data)
             result["cudnn_error_norm"] = gpu.error(kernel["layer"], out.permute(0, 2, 3, 1))
         times = gpu_layers.alternate(gpu, list(found.values()), LAUNCHES, seconds / 4, most=10)
@@ -368,7 +376,7 @@ def main() -> int:
         from tdc_tvm.schedules import backend
 
         device = device_of(arguments)
-        layers = select(arguments.shapes, arguments.batch)
+        layers = select(arguments.shapes, arguments.batch, arguments.precision)
         manifest = build(
             arguments.folder,
             layers,

@@ -79,24 +79,62 @@ def describe(shape: ConvShape, groups: Sequence[str]) -> dict[str, Any]:
         "kind": "tucker" if is_tucker else "conv",
         "groups": list(groups),
         "seed": zlib.crc32(str(shape).encode()),
+        "precision": dense.precision,
         "x": (dense.batch, dense.height, dense.width, dense.in_channels),
         "out": (dense.batch, dense.out_height, dense.out_width, dense.out_channels),
         "stages": [stage_of(stage, is_tucker and stage is stages[-1]) for stage in stages],
-        "original": stage_of(dense, is_tucker),
+        "original": [stage_of(dense, is_tucker)],
         "relu": is_tucker,
         "macs": shape.macs,
         "depth": sum(stage.weight_count // stage.out_channels for stage in stages),
     }
 
 
-def make_weights(stages: Sequence[dict[str, Any]], seed: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Random kernels that keep the scale of the activations, and biases: the same on every machine."""
-    rng = np.random.default_rng(seed)
+def shape_of(layer: dict[str, Any]) -> ConvShape:
+    """The shape that `describe` was given."""
+    from tdc_tvm.schedules.shape import Conv2dShape, TuckerConvShape
+
+    (original,) = layer["original"]
+    dense = Conv2dShape(
+        *layer["x"],
+        original["weight"][0],
+        tuple(original["weight"][2:]),
+        tuple(original["stride"]),
+        (*original["padding"], *original["padding"]),
+        tuple(original["dilation"]),
+        original["groups"],
+        layer["precision"],
+    )
+    if layer["kind"] == "conv":
+        return dense
+    reduce, core, _ = (stage["weight"] for stage in layer["stages"])
+    return TuckerConvShape(dense, reduce[0], core[0])
+
+
+def make_weights(layer: dict[str, Any], stages: str = "stages") -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Random kernels that keep the scale of the activations, and biases: the same on every machine.
+
+    Parameters
+    ----------
+    layer : dict
+        From `describe`.
+    stages : str
+        Whose weights: ``"stages"``, or ``"original"`` for the dense convolution that a Tucker layer replaces.
+
+    Returns
+    -------
+    list of (kernel, bias)
+        FP32; for TF32 values that it represents, so that packing rounds nothing.
+    """
+    rng = np.random.default_rng(layer["seed"])
     weights = []
-    for stage in stages:
+    for stage in layer[stages]:
         kernel = rng.standard_normal(stage["weight"], dtype=np.float32) / math.sqrt(math.prod(stage["weight"][1:]))
+        kernel = kernel.astype(np.float32)
+        if layer["precision"] == "tf32":
+            kernel = (kernel.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
         bias = rng.standard_normal(stage["weight"][0], dtype=np.float32) if stage["bias"] else None
-        weights.append((kernel.astype(np.float32), bias))
+        weights.append((kernel, bias))
     return weights
 
 
@@ -107,7 +145,7 @@ def flatten(weights: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarr
 
 
 def find_packing(
-    pack: Callable[[tuple[ConvWeights, ...]], Sequence[np.ndarray]], stages: Sequence[dict[str, Any]], seed: int
+    pack: Callable[[tuple[ConvWeights, ...]], Sequence[np.ndarray]], layer: dict[str, Any]
 ) -> list[np.ndarray]:
     """How a kernel packs its weights, found by packing the weights' own numbers.
 
@@ -115,8 +153,8 @@ def find_packing(
     ----------
     pack : callable
         From a kernel's weights to its constants.
-    stages, seed
-        The layer's.
+    layer : dict
+        From `describe`.
 
     Returns
     -------
@@ -126,7 +164,7 @@ def find_packing(
     """
     from tdc_tvm.schedules.kernel import ConvWeights
 
-    weights = make_weights(stages, seed)
+    weights = make_weights(layer)
     values = flatten(weights)
 
     def pack_values(source: np.ndarray) -> list[np.ndarray]:
@@ -261,6 +299,7 @@ def _compile_library(
 
     from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
     from tdc_tvm.schedules import backend
+    from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
     from tdc_tvm.schedules.kernel import Kernel
     from tdc_tvm.schedules.shape import Epilogue
 
@@ -279,7 +318,7 @@ def _compile_library(
             return made[-1].constants
 
         keys = []
-        for constant in find_packing(pack, layer["stages"], layer["seed"]):
+        for constant in find_packing(pack, layer):
             keys.append(
                 hashlib.sha256(repr((constant.shape, constant.dtype)).encode() + constant.tobytes()).hexdigest()
             )
@@ -288,9 +327,10 @@ def _compile_library(
         entries = [
             {"key": key[:16], "dtype": str(array.dtype)} for key, array in zip(keys, made[0].constants, strict=True)
         ]
-        records.append(_record(name, candidate, device) | {"library": library, "constants": entries})
+        places = {"library": library, "constants": entries, "between": made[0].between}
+        records.append(_record(name, candidate, device) | places)
     with cuda_compiler(target):
-        module = tvm.tirx.build(tvm.IRModule(functions), target=target)
+        module = tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline=TIR_PIPELINE)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "library.so")
         module.export_library(str(path))
@@ -330,7 +370,12 @@ class Precision:
     tolerance: Callable[[int], float]
 
 
-PRECISIONS = {"fp32": Precision("float32", False, lambda depth: 1e-6 * math.sqrt(depth))}
+PRECISIONS = {
+    "fp32": Precision("float32", False, lambda depth: 1e-6 * math.sqrt(depth)),
+    "tf32": Precision("float32", True, lambda depth: 1e-3),
+    "fp16": Precision("float16", False, lambda depth: 2e-3),
+    "bf16": Precision("bfloat16", False, lambda depth: 1e-2),
+}
 
 
 @dataclass(frozen=True)
@@ -442,9 +487,7 @@ class Gpu:
         layer = self.layers[key]
         value = self.input(layer).double().permute(0, 3, 1, 2)
         with torch.backends.cudnn.flags(enabled=False):
-            for stage, (kernel, bias) in zip(
-                layer["stages"], make_weights(layer["stages"], layer["seed"]), strict=True
-            ):
+            for stage, (kernel, bias) in zip(layer["stages"], make_weights(layer), strict=True):
                 kernel, bias = self.tensor(kernel).double(), None if bias is None else self.tensor(bias).double()
                 value = torch.nn.functional.conv2d(value.contiguous(), kernel, bias, **options(stage))
         return (value.relu() if layer["relu"] else value).permute(0, 2, 3, 1)
@@ -475,19 +518,20 @@ class Gpu:
         import torch
 
         layer = self.layers[kernel["layer"]]
-        values = flatten(make_weights(layer["stages"], layer["seed"]))
+        values = flatten(make_weights(layer))
         constants = [
             self.tensor(restore_constant(self.constants[constant["key"]], values), constant["dtype"])
             for constant in kernel["constants"]
         ]
-        out = torch.full(layer["out"], math.nan, dtype=self.dtype, device=self.device)
+        extents = [layer["out"], *kernel["between"]]
+        written = [torch.full(one, math.nan, dtype=self.dtype, device=self.device) for one in extents]
         function = self.function(kernel)
 
         def launch(data: Sequence[Any]):
             function(*data)
-            return data[-1]
+            return data[-len(written)]
 
-        return Contender("ours", [self.input(layer), *constants, out], launch)
+        return Contender("ours", [self.input(layer), *constants, *written], launch)
 
     def capture(self, contender: Contender, launches: int, cold: bool) -> tuple[Callable[[], None], int]:
         """Record launches as a CUDA graph.
@@ -681,8 +725,11 @@ def work(
 
 def _result(kernel: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
     layer = layers[kernel["layer"]]
-    shape = {key: layer[key] for key in ("text", "kind", "groups", "macs")} | {"batch": layer["x"][0]}
-    return {key: value for key, value in kernel.items() if key not in ("library", "constants")} | {"shape": shape}
+    kept = ("text", "kind", "groups", "macs", "precision", "x", "stages", "original")
+    shape = {key: layer[key] for key in kept} | {"batch": layer["x"][0]}
+    return {key: value for key, value in kernel.items() if key not in ("library", "constants", "between")} | {
+        "shape": shape
+    }
 
 
 def _digest(result: dict[str, Any]) -> str:

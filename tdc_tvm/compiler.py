@@ -38,6 +38,7 @@ from tdc_tvm.relay_passes.import_onnx import import_onnx
 from tdc_tvm.relay_passes.layers import layers_of
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
 from tdc_tvm.report import BuildReport, Verification
+from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.targets import resolve_target
 from tdc_tvm.verify import verify as verify_model
@@ -124,7 +125,8 @@ def build(
         outputs = _outputs(job.proto, mod)
         progress("generating code")
         mod = tvm.transform.Sequential(lowering_passes(job.target))(mod)
-        code = ObjectFiles(relax.build(mod, job.target, relax_pipeline=None))
+        pipeline = TIR_PIPELINE if job.target.kind.name == "cuda" else "default"
+        code = ObjectFiles(relax.build(mod, job.target, relax_pipeline=None, tir_pipeline=pipeline))
     report = replace(report, build_seconds=time.perf_counter() - start)
     metadata = Metadata(
         inputs=tuple(job.inputs),

@@ -1,12 +1,37 @@
-"""Convolutions on NVIDIA GPUs, FP32, NHWC: the strategies behind one interface."""
+"""Convolutions on NVIDIA GPUs, NHWC: strategies, the model that chooses among them, and kernels.
+
+| strategy | kernels | for |
+|---|---|---|
+| ``tile`` | a Tucker convolution as one, each tile by one block | many pixels |
+| ``cluster`` | the same, each tile by a cluster of blocks (from sm_90 on) | few pixels, many channels |
+| ``two`` | cut before or after the core | |
+| ``three`` | one for each stage | what else does not fit |
+| ``conv`` | a dense convolution | |
+| ``direct`` | a grouped or depthwise one | |
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+
+import numpy as np
+
 from tdc_tvm.errors import TdcError
-from tdc_tvm.schedules.cuda import direct, tile
+from tdc_tvm.schedules.cuda import chain_conv, direct, model
+from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
+from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER, splits, tiles
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
+
+STRATEGIES = ("tile", "cluster", "two", "three", "conv")
+# Pixels of a tile.
+_LEAST, _MOST = 8, 256
+_WARPS = (4, 8, 16)
+# Ways of one kernel that are tried in strategies of several: the best, by the model.
+_BEST_PARTS = 3
+_CUTS = ((1,), (2,), (1, 2))
 
 
 def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
@@ -15,7 +40,7 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
     Parameters
     ----------
     shape : Conv2dShape or TuckerConvShape
-        The convolution; a Tucker convolution becomes one kernel.
+        The convolution.
     device : DeviceSpec
         The GPU.
 
@@ -24,26 +49,78 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
     list[KernelConfig]
         None of them is rejected.
     """
-    if isinstance(shape, Conv2dShape):
+    if isinstance(shape, Conv2dShape) and shape.groups > 1:
         return direct.candidates(shape, device)
-    return tile.candidates(shape, device)
+    return [config for config, _ in _estimates(shape, device)]
+
+
+def _estimates(shape: ConvShape, device: DeviceSpec) -> list[tuple[KernelConfig, float]]:
+    """All configurations that run, and their predicted latencies in microseconds."""
+    stages = chain_conv.stages_of(shape)
+    single = "conv" if len(stages) == 1 else "tile"
+    found = []
+    for values, latency_us in zip(*_space(stages, device), strict=True):
+        strategy = "cluster" if single == "tile" and values[2] > 1 else single
+        found.append((KernelConfig(strategy, tuple(zip(FIELDS, values, strict=True))), latency_us))
+    for cuts in _CUTS if len(stages) == 3 else ():
+        spaces = []
+        for begin, end in itertools.pairwise((0, *cuts, 3)):
+            values, latencies_us = _space(stages[begin:end], device)
+            order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
+            spaces.append([(values[i], latencies_us[i]) for i in order])
+        for chosen in itertools.product(*spaces):
+            named = tuple(
+                (f"{field}{number or ''}", value)
+                for number, (values, _) in enumerate(chosen)
+                for field, value in zip(FIELDS, values, strict=True)
+            )
+            total_us = sum(latency_us for _, latency_us in chosen)
+            if len(cuts) == 2:
+                found.append((KernelConfig("three", named), total_us))
+            else:
+                found.append((KernelConfig("two", (*named, ("cut", cuts[0]))), total_us))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """All ways to compute some stages by one kernel, as values of `FIELDS`, and their predicted latencies."""
+    core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
+    grid = [
+        (*tile, split, warps)
+        for tile in tiles(core, _LEAST, _MOST)
+        for split in splits(stages, MAX_CLUSTER)
+        for warps in _WARPS
+    ]
+    part = chain_conv.make_part(stages, np.array(grid).T, device)
+    fits = np.broadcast_to(part.fits, len(grid))
+    latencies_us = np.broadcast_to(model.latency_us(part), len(grid))[fits]
+    return [values for values, fit in zip(grid, fits, strict=True) if fit], latencies_us
 
 
 def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> str:
     """Why a configuration cannot run on a device, with numbers; empty if it can."""
-    expected = direct.STRATEGY if isinstance(shape, Conv2dShape) else tile.STRATEGY
-    if config.strategy != expected:
-        return f"strategy {config.strategy!r} is not for {shape}; expected {expected!r}"
     if isinstance(shape, Conv2dShape):
+        expected: tuple[str, ...] = ("direct",) if shape.groups > 1 else ("conv",)
+    else:
+        expected = STRATEGIES[:-1]
+    if config.strategy not in expected:
+        return f"strategy {config.strategy!r} is not for {shape}; expected {' or '.join(map(repr, expected))}"
+    if config.strategy == "direct":
+        assert isinstance(shape, Conv2dShape)
         return direct.reject_reason(shape, config, device)
-    return tile.reject_reason(shape, config, device)
+    return next((reason for part in parts_of(shape, config, device) if (reason := part.reject_reason())), "")
 
 
 def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
     """Predict the latency of a configuration that can run."""
-    if isinstance(shape, Conv2dShape):
+    if config.strategy == "direct":
+        assert isinstance(shape, Conv2dShape)
         return direct.estimate(shape, config, device)
-    return tile.estimate(shape, config, device)
+    parts = [model.estimate(part) for part in parts_of(shape, config, device)]
+    if len(parts) == 1:
+        return parts[0]
+    return Estimate({f"{name}.{i}": us for i, part in enumerate(parts) for name, us in part.parts_us.items()})
 
 
 def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate]:
@@ -54,13 +131,18 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     TdcError
         If no configuration can run.
     """
-    estimates = [(config, estimate(shape, config, device)) for config in candidates(shape, device)]
-    if not estimates:
+    if isinstance(shape, Conv2dShape) and shape.groups > 1:
+        options = [(c, direct.estimate(shape, c, device).latency_us) for c in direct.candidates(shape, device)]
+    else:
+        options = _estimates(shape, device)
+    if not options:
         raise TdcError(
-            f"no CUDA schedule for {shape}: even one pixel needs more shared memory than the "
-            f"{device.smem_per_block_optin_bytes // 1024} KB of {device.name}; lower the ranks"
+            f"no CUDA schedule for {shape}: even the smallest tile needs more than the "
+            f"{device.smem_per_block_optin_bytes // 1024} KB of shared memory of {device.name}; "
+            "lower the channels or ranks"
         )
-    return min(estimates, key=lambda pair: (pair[1].latency_us, pair[0]))
+    config, _ = min(options, key=lambda pair: (pair[1], pair[0]))
+    return config, estimate(shape, config, device)
 
 
 def make_kernel(
@@ -101,6 +183,7 @@ def make_kernel(
     reason = reject_reason(shape, config, device)
     if reason:
         raise TdcError(f"cannot run {config} for {shape}: {reason}")
-    if isinstance(shape, Conv2dShape):
+    if config.strategy == "direct":
+        assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)
-    return tile.make_kernel(shape, epilogue, weights, config, device, name)
+    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name)

@@ -1,4 +1,4 @@
-"""Strategy "direct": one convolution, dense, grouped or depthwise.
+"""Strategy "direct": one grouped or depthwise convolution, FP32.
 
 A thread accumulates a few neighbouring pixels by a few output channels; operands come through the
 caches.  Neighbouring threads take neighbouring channels, so that weights and outputs (and for a
@@ -12,7 +12,8 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda import emit
-from tdc_tvm.schedules.cuda.emit import Load, ThreadTile, ceil_div, round_up
+from tdc_tvm.schedules.cuda.emit import Load, ThreadTile
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS, ceil_div, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
@@ -40,8 +41,8 @@ def candidates(shape: Conv2dShape, device: DeviceSpec) -> list[KernelConfig]:
 def reject_reason(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> str:
     """Why a configuration cannot run; empty if it can."""
     threads, lanes, splits = config["threads"], config["lanes"], config["splits"]
-    if not 1 <= threads <= emit.MAX_THREADS:
-        return f"needs {threads} threads in a block, {device.name} has 1 to {emit.MAX_THREADS}"
+    if not 1 <= threads <= MAX_THREADS:
+        return f"needs {threads} threads in a block, {device.name} has 1 to {MAX_THREADS}"
     if min(lanes, config["pixels"], config["columns"], splits) < 1 or threads % (lanes * splits):
         return f"{threads} threads do not divide into {splits} splits of sets of {lanes} lanes"
     if splits > 1 and (shape.groups > 1 or shape.in_channels % splits):

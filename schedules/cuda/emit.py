@@ -1,9 +1,8 @@
-"""Pieces that CUDA schedules are composed of: plain functions that emit TensorIR."""
+"""Pieces of the schedule "direct": how threads share a product, and what emits it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,12 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.intrinsics import barrier
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS, WARP, ceil_div
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 from tdc_tvm.schedules.shape import Epilogue
 
-WARP = 32
-MAX_THREADS = 1024
 # Registers of a processor and so of a block, the same from sm_75 on.
 REGISTERS = 65536
 # Steps of a reduction whose loads are in flight together.
@@ -100,48 +99,6 @@ def lanes_for(columns: int) -> int:
 def vector_for(depth: int, splits: int) -> int:
     """Steps whose left operand is loaded at once."""
     return 4 if depth % (4 * splits) == 0 else 1
-
-
-@functools.lru_cache(maxsize=4096)
-def thread_tile(
-    pixels: int, columns: int, depth: int, inner_depth: int, threads: int, device: DeviceSpec
-) -> ThreadTile:
-    """The division of a product that takes a block the least time.
-
-    Parameters
-    ----------
-    pixels, columns, depth : int
-        Extents of the product.
-    inner_depth : int
-        The part of the depth that is contiguous, and so can be split.
-    threads : int
-        Threads of the block, a multiple of a warp.
-    device : DeviceSpec
-        The GPU.
-    """
-    lanes = lanes_for(columns)
-    tiles = [
-        ThreadTile(threads, lanes, per_pixel, per_column, splits, vector_for(inner_depth, splits))
-        for splits in (1, 2, 4, 8, 16)
-        for per_pixel in (1, 2, 4, 8)
-        for per_column in (1, 2, 4)
-        if inner_depth % splits == 0
-        and threads % (lanes * splits) == 0
-        and per_pixel < 2 * pixels
-        and (per_column == 1 or lanes * per_column < 2 * columns)
-    ]
-    tiles = [tile for tile in tiles if tile.fits_registers]
-    return min(tiles, key=lambda tile: max(tile.times_us(pixels, columns, depth, device)))
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up."""
-    return -(-a // b)
-
-
-def round_up(a: int, b: int) -> int:
-    """The least multiple of ``b`` that is not below ``a``."""
-    return ceil_div(a, b) * b
 
 
 def pad_last(array: np.ndarray, width: int) -> np.ndarray:
@@ -314,15 +271,6 @@ def each_result(tile: ThreadTile, emit: Callable[[ir.Expr, ir.Expr], None]) -> N
     """Emit something for each of a thread's accumulators."""
     with T.serial(tile.pixels, unroll=True) as p, T.serial(tile.columns, unroll=True) as c:
         emit(p, c)
-
-
-def barrier() -> None:
-    """Wait for all threads of the block.
-
-    TVM would insert the barriers that are missing, but between an unroll pragma and its loop, which
-    then keeps its registers in memory.  So schedules leave none out.
-    """
-    T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
 
 
 def store_if(condition: ir.Expr | None, buffer: tirx.Buffer, value: ir.Expr, indices: Sequence[ir.Expr]) -> None:

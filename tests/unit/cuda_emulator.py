@@ -1,7 +1,9 @@
-"""Run CUDA kernels on the CPU: generated source is compiled as C++, and a block's threads become fibers.
+"""Run CUDA kernels on the CPU: generated source is compiled as C++, and a cluster's threads become fibers.
 
-A fiber runs until its next barrier, so a missing barrier shows as a wrong result, and a barrier
-that only some threads reach as an error.  Shared memory starts as NaN in each block.
+A fiber runs until it must wait for others, so a missing barrier shows as a wrong result, and a
+barrier that only some threads reach as an error.  Shared memory starts as NaN in each block.  The
+device functions of `tdc_tvm.schedules.cuda.intrinsics` have portable definitions here; a product on
+tensor cores is computed when all 32 lanes of a warp have brought their registers.
 """
 
 from __future__ import annotations
@@ -19,13 +21,18 @@ from tvm import tirx
 from tvm.support import cc
 from tvm.target import Target
 
+from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
+
 CALLBACK = "tvm_callback_cuda_compile"
 SHARED_BYTES = 228 * 1024
 
 PRELUDE = """
+#define TDC_EMULATED
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <ucontext.h>
 #include <vector>
@@ -33,57 +40,211 @@ using std::max;
 using std::min;
 #define __global__
 #define __launch_bounds__(n)
+typedef _Float16 half;
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  explicit nv_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    bits = value != value ? 0x7fff : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t word = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+  }
+};
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x; };
 static Index blockIdx, threadIdx;
-alignas(64) static float shared_memory[SHARED_BYTES / 4];
-static ucontext_t scheduler;
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done = false; };
-static std::vector<Fiber> fibers;
-static void (*body)(float**);
-static float** arguments;
 
-static void __syncthreads() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+enum State { READY, AT_BARRIER, AT_WARP, AT_CLUSTER, DONE };
+struct Fiber { ucontext_t context; std::vector<char> stack; State state; int block, thread, phase; };
+struct Warp {
+  int arrived = 0;
+  unsigned generation = 0;
+  float* c[32];
+  const float *a0[32], *a1[32], *b[32];
+};
+static ucontext_t scheduler;
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static std::vector<float> shared_memory;
+static Fiber* self;
+static int threads_of_block, cluster_arrived, cluster_phase;
+static long progress;
+static void (*body)(void**);
+static void** arguments;
+
+static float* shared_of(int block) { return shared_memory.data() + block * (SHARED_BYTES / 4); }
+static void wait_as(State state) {
+  self->state = state;
+  Fiber* mine = self;
+  swapcontext(&mine->context, &scheduler);
+}
+static void __syncthreads() { wait_as(AT_BARRIER); }
 static void enter() {
   body(arguments);
-  fibers[threadIdx.x].done = true;
+  self->state = DONE;
 }
-static int run(void (*kernel)(float**), float** args, int blocks, int threads) {
-  body = kernel;
-  arguments = args;
-  for (int block = 0; block < blocks; ++block) {
-    blockIdx.x = block;
-    std::fill_n(shared_memory, SHARED_BYTES / 4, std::numeric_limits<float>::quiet_NaN());
-    fibers.resize(threads);
-    for (Fiber& fiber : fibers) {
-      fiber.done = false;
-      fiber.stack.resize(64 * 1024);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler;
-      makecontext(&fiber.context, enter, 0);
-    }
-    for (int finished = 0; finished == 0;) {
-      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {
-        swapcontext(&scheduler, &fibers[threadIdx.x].context);
-        finished += fibers[threadIdx.x].done;
+
+static void tdc_move1(void* to, const void* from) { memcpy(to, from, 4); }
+static void tdc_move2(void* to, const void* from) { memcpy(to, from, 8); }
+static void tdc_move4(void* to, const void* from) { memcpy(to, from, 16); }
+static void tdc_load(float* to, const void* from, bool valid) {
+  if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
+}
+static void tdc_copy(void* to, const void* from, bool valid) { tdc_load((float*)to, from, valid); }
+static void tdc_commit() {}
+static void tdc_await0() {}
+static void tdc_await1() {}
+static void tdc_await2() {}
+static void tdc_launch_dependents() {}
+static void tdc_wait_for_dependencies() {}
+template <class T> static void gather(float* to, const void* from, int count) {
+  T values[16 / sizeof(T)];
+  for (int i = 0; i < int(16 / sizeof(T)); ++i) values[i] = i < count ? ((const T*)from)[i] : T(0.f);
+  memcpy(to, values, 16);
+}
+static void tdc_gather_float32(float* to, const void* from, int count) { gather<float>(to, from, count); }
+static void tdc_gather_float16(float* to, const void* from, int count) { gather<half>(to, from, count); }
+static void tdc_gather_bfloat16(float* to, const void* from, int count) { gather<nv_bfloat16>(to, from, count); }
+template <class T> static float pack(float low, float high) {
+  T pair[2] = {T(low), T(high)};
+  float word;
+  memcpy(&word, pair, 4);
+  return word;
+}
+static float tdc_pack_float16(float low, float high) { return pack<half>(low, high); }
+static float tdc_pack_bfloat16(float low, float high) { return pack<nv_bfloat16>(low, high); }
+static float tdc_tf32(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  word = value != value ? word : (word + 0x1000) & 0xffffe000;
+  memcpy(&value, &word, 4);
+  return value;
+}
+template <class T> static void mma(float* c, const float* a0, const float* a1, const float* b) {
+  Warp& warp = warps[(self->block * threads_of_block + self->thread) / 32];
+  int lane = self->thread % 32;
+  warp.c[lane] = c; warp.a0[lane] = a0; warp.a1[lane] = a1; warp.b[lane] = b;
+  unsigned generation = warp.generation;
+  if (++warp.arrived == 32) {
+    for (int row = 0; row < 16; ++row)
+      for (int column = 0; column < 8; ++column) {
+        float sum = 0;
+        for (int quarter = 0; quarter < 4; ++quarter) {
+          int source = row % 8 * 4 + quarter;
+          const T* b = (const T*)warp.b[column * 4 + quarter];
+          for (int word = 0; word < 4; ++word) {
+            const float* fragment = word < 2 ? warp.a0[source] : warp.a1[source];
+            const T* a = (const T*)(fragment + word % 2 * 2 + row / 8);
+            for (int i = 0; i < int(4 / sizeof(T)); ++i) sum += float(a[i]) * float(b[word * (4 / sizeof(T)) + i]);
+          }
+        }
+        warp.c[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] += sum;
       }
-      if (finished != 0 && finished != threads) return 1;
+    warp.arrived = 0;
+    ++warp.generation;
+    ++progress;
+  } else {
+    while (warp.generation == generation) wait_as(AT_WARP);
+  }
+}
+static void tdc_mma_float16(float* c, const float* a0, const float* a1, const float* b) { mma<half>(c, a0, a1, b); }
+static void tdc_mma_bfloat16(float* c, const float* a0, const float* a1, const float* b) {
+  mma<nv_bfloat16>(c, a0, a1, b);
+}
+static void tdc_mma_float32(float* c, const float* a0, const float* a1, const float* b) { mma<float>(c, a0, a1, b); }
+static void tdc_cluster_arrive() {
+  self->phase = cluster_phase;
+  if (++cluster_arrived == int(fibers.size())) {
+    cluster_arrived = 0;
+    ++cluster_phase;
+    ++progress;
+  }
+}
+static void tdc_cluster_wait() {
+  while (cluster_phase == self->phase) wait_as(AT_CLUSTER);
+}
+static float* peer(float* place, int rank) { return shared_of(rank) + (place - shared_of(self->block)); }
+static void tdc_cluster_store1(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 4); }
+static void tdc_cluster_store2(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 8); }
+static void tdc_cluster_store4(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 16); }
+
+static int run_cluster(int first_block, int blocks) {
+  std::fill(shared_memory.begin(), shared_memory.end(), std::numeric_limits<float>::quiet_NaN());
+  std::fill(warps.begin(), warps.end(), Warp());
+  cluster_arrived = cluster_phase = 0;
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.state = READY;
+    fiber.block = i / threads_of_block;
+    fiber.thread = i % threads_of_block;
+    fiber.stack.resize(64 * 1024);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (size_t done = 0; done < fibers.size();) {
+    long before = progress;
+    done = 0;
+    for (Fiber& fiber : fibers) {
+      if (fiber.state != DONE && fiber.state != AT_BARRIER) {
+        progress += fiber.state == READY;
+        self = &fiber;
+        blockIdx.x = first_block + fiber.block;
+        threadIdx.x = fiber.thread;
+        swapcontext(&scheduler, &fiber.context);
+      }
+      done += fiber.state == DONE;
+    }
+    for (int block = 0; block < blocks; ++block) {
+      Fiber* first = &fibers[block * threads_of_block];
+      auto waits = [](const Fiber& fiber) { return fiber.state == AT_BARRIER; };
+      if (std::all_of(first, first + threads_of_block, waits))
+        for (int thread = 0; thread < threads_of_block; ++thread) first[thread].state = READY;
+    }
+    if (progress == before && done < fibers.size()) {
+      bool released = false;
+      for (Fiber& fiber : fibers) released |= fiber.state == READY;
+      if (!released) return 1;
     }
   }
+  return 0;
+}
+static int run(void (*kernel)(void**), void** args, int blocks, int cluster, int threads) {
+  body = kernel;
+  arguments = args;
+  threads_of_block = threads;
+  fibers.resize(cluster * threads);
+  warps.resize((cluster * threads + 31) / 32);
+  shared_memory.resize(size_t(cluster) * (SHARED_BYTES / 4));
+  for (int block = 0; block < blocks; block += cluster)
+    if (run_cluster(block, cluster)) return 1;
   return 0;
 }
 """
 
 
-def launch_of(func: tirx.PrimFunc) -> tuple[int, int]:
-    """Blocks and threads that a scheduled function is launched with."""
-    blocks = func.body.block.body
-    threads = blocks.body
-    assert [loop.thread_binding.thread_tag for loop in (blocks, threads)] == ["blockIdx.x", "threadIdx.x"]
-    return int(blocks.extent), int(threads.extent)
+def launches_of(func: tirx.PrimFunc) -> list[tuple[int, int, int]]:
+    """Blocks, blocks of a cluster and threads of each kernel of a scheduled function."""
+    body = func.body.block.body
+    launches = []
+    for loop in getattr(body, "seq", [body]):
+        extents: dict[str, int] = {}
+        while isinstance(loop, tirx.For):
+            extents[loop.thread_binding.thread_tag] = int(loop.extent)
+            loop = loop.body
+        launches.append((extents["blockIdx.x"], extents.get("clusterCtaIdx.x", 1), extents["threadIdx.x"]))
+    return launches
 
 
 def cuda_source(functions: dict[str, tirx.PrimFunc], arch: str = "sm_90") -> str:
@@ -94,7 +255,7 @@ def cuda_source(functions: dict[str, tirx.PrimFunc], arch: str = "sm_90") -> str
     try:
         module = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         with target:
-            built = tvm.tirx.build(tvm.IRModule(module), target=target)
+            built = tvm.tirx.build(tvm.IRModule(module), target=target, pipeline=TIR_PIPELINE)
     finally:
         tvm_ffi.register_global_func(CALLBACK, original, override=True)
     return built.imports[0].inspect_source()
@@ -104,41 +265,42 @@ class Emulator:
     """Kernels that can be called with NumPy arrays."""
 
     def __init__(self, functions: dict[str, tirx.PrimFunc], folder: Path):
-        source = cuda_source(functions).replace("#include <cuda.h>", "")
-        source = re.sub(r"extern __shared__ __align__\(64\) float (\w+)\[\];", r"float* \1 = shared_memory;", source)
-        entries, self.params, self.launches = [], {}, {}
+        source = cuda_source(functions)
+        # What stands before the kernels is for NVIDIA's compiler, or is defined above.
+        source = source[source.index('extern "C" __global__') :]
+        source = re.sub(
+            r"extern __shared__ __align__\(64\) \w+ (\w+)\[\];", r"float* \1 = shared_of(self->block);", source
+        )
+        self.functions = functions
+        self.kernels: dict[str, list[tuple[str, list[str], tuple[int, int, int]]]] = {}
+        entries = []
         for name, func in functions.items():
-            signature = re.search(rf"void\s+(?:__launch_bounds__\(\d+\)\s+)?{name}_kernel\(([^)]*)\)\s*{{", source)
-            assert signature is not None, source
-            self.params[name] = re.findall(r"float\* __restrict__ (\w+?)_ptr\b", signature[1])
-            self.launches[name] = launch_of(func)
-            values = ", ".join(f"args[{i}]" for i in range(len(self.params[name])))
-            entries.append(
-                f'extern "C" int run_{name}(float** args, int blocks, int threads) {{\n'
-                f"  return run([](float** args) {{ {name}_kernel({values}); }}, args, blocks, threads);\n}}"
+            signatures = re.findall(
+                rf"void\s+(?:__launch_bounds__\(\d+\)\s+)?({name}_kernel(?:_\d+)?)\(([^)]*)\)\s*{{", source
             )
+            launches = launches_of(func)
+            assert len(signatures) == len(launches), source
+            self.kernels[name] = []
+            for (kernel, signature), launch in zip(signatures, launches, strict=True):
+                params = re.findall(r"(\w+)\* __restrict__ (\w+?)_ptr\b", signature)
+                self.kernels[name].append((kernel, [param for _, param in params], launch))
+                values = ", ".join(f"({c_type}*)args[{i}]" for i, (c_type, _) in enumerate(params))
+                entries.append(
+                    f'extern "C" int run_{kernel}(void** args, int blocks, int cluster, int threads) {{\n'
+                    f"  return run([](void** args) {{ {kernel}({values}); }}, args, blocks, cluster, threads);\n}}"
+                )
         path, library = folder / "kernels.cc", folder / "kernels.so"
         prelude = PRELUDE.replace("SHARED_BYTES", str(SHARED_BYTES))
         path.write_text("\n".join([prelude, source, *entries]))
-        command = [
-            cc.get_cc(),
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-fno-strict-aliasing",
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(library),
-            str(path),
-        ]
-        subprocess.run(command, check=True)
+        options = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
+        subprocess.run([cc.get_cc(), *options, "-o", str(library), str(path)], check=True)
         self.library = ctypes.CDLL(str(library))
-        self.names = {name: [param.name for param in func.params] for name, func in functions.items()}
 
     def __call__(self, name: str, arrays: Sequence[np.ndarray]) -> None:
-        """Run a kernel on contiguous FP32 arrays, in the order of its function's parameters."""
-        by_name = dict(zip(self.names[name], arrays, strict=True))
-        pointers = [by_name[param].ctypes.data_as(ctypes.c_void_p) for param in self.params[name]]
-        diverged = self.library[f"run_{name}"]((ctypes.c_void_p * len(pointers))(*pointers), *self.launches[name])
-        assert not diverged, f"{name}: some threads of a block do not reach a barrier"
+        """Run a function on contiguous arrays, in the order of its parameters."""
+        names = [param.name for param in self.functions[name].params]
+        by_name = dict(zip(names, arrays, strict=True))
+        for kernel, params, launch in self.kernels[name]:
+            pointers = [by_name[param].ctypes.data_as(ctypes.c_void_p) for param in params]
+            diverged = self.library[f"run_{kernel}"]((ctypes.c_void_p * len(pointers))(*pointers), *launch)
+            assert not diverged, f"{kernel}: some threads wait for others that never come"

@@ -1,22 +1,26 @@
 """The CUDA schedules: choices, structure, what ptxas makes of them, and numbers (emulated on the CPU)."""
 
 import importlib.util
+import re
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
-from cuda_emulator import Emulator, cuda_source, launch_of
+from cuda_emulator import Emulator, cuda_source, launches_of
 from tvm.target import Target
 
 from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler, find_cuda_compiler
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import conv
+from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
+from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import GPUS
 from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
-from tdc_tvm.schedules.shape import Conv2dShape, Epilogue, TuckerConvShape
+from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
 
 _spec = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "scripts" / "gpu_check.py")
 gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(_spec)
@@ -46,6 +50,12 @@ def has_compiler() -> bool:
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs NVRTC (the extra [cuda]) or nvcc")
 
 
+def in_precision(shape, precision):
+    if isinstance(shape, Conv2dShape):
+        return replace(shape, precision=precision)
+    return replace(shape, dense=replace(shape.dense, precision=precision))
+
+
 def weights_for(shape, bias=True):
     stages = getattr(shape, "stages", None) or (shape,)
     return tuple(
@@ -71,15 +81,16 @@ def emulate(tmp_path, runs):
         kernel = conv.make_kernel(case.shape, case.epilogue, weights, config, device, "conv")
         functions[f"case{index}"] = kernel.func
         inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
-        data[f"case{index}"] = inputs, gpu_check.reference(case, x, weights, residual), case, config
+        between = [np.full(extents, np.nan, x.dtype) for extents in kernel.between]
+        data[f"case{index}"] = inputs, between, gpu_check.reference(case, x, weights, residual), case, config
     emulator = Emulator(functions, tmp_path)
     failures = []
-    for name, (inputs, expected, case, config) in data.items():
-        out = np.full(expected.shape, np.nan, np.float32)
-        emulator(name, [*inputs, out])
+    for name, (inputs, between, expected, case, config) in data.items():
+        out = np.full(expected.shape, np.nan, inputs[0].dtype)
+        emulator(name, [*inputs, out, *between])
         error = gpu_check.error_of(out, expected)
-        if not error <= gpu_check.tolerance(case.depth):
-            failures.append(f"{name}: {error:.2e}; {case}; {config}")
+        if not error <= gpu_check.tolerance(case.precision, case.depth):
+            failures.append(f"{name}: {error:.2e}; {case}; {config.strategy} {config}")
     return failures
 
 
@@ -104,22 +115,66 @@ def test_padding_is_zero_after_the_first_bias(tmp_path):
     assert not emulate(tmp_path, [(case, config, H100) for config in conv.candidates(shape, H100)[:6]])
 
 
-@pytest.mark.parametrize("threads", [64, 96])
-@pytest.mark.parametrize("chunk", [1, 4, 5, 16])
-def test_the_first_rank_can_be_chunked(tmp_path, chunk, threads):
-    shape = TuckerConvShape(Conv2dShape(1, 7, 6, 8, 9, (3, 3), (2, 1), padding=SAME), 16, 12)
+def config_of(strategy, *parts, **more):
+    """A configuration from (tile_h, tile_w, split, warps) of each kernel."""
+    values = [
+        (f"{field}{number or ''}", value)
+        for number, part in enumerate(parts)
+        for field, value in zip(FIELDS, part, strict=True)
+    ]
+    return KernelConfig(strategy, (*values, *more.items()))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_every_strategy_is_right(tmp_path, precision):
+    dense = Conv2dShape(2, 9, 8, 40, 24, (3, 3), (2, 1), SAME, precision=precision)
+    shape, plain = TuckerConvShape(dense, 33, 17), (3, 4, 1, 4)
+    configs = [
+        config_of("tile", plain),
+        config_of("cluster", (4, 8, 3, 2)),
+        config_of("cluster", (2, 2, 8, 1)),
+        config_of("two", plain, (2, 8, 2, 2), cut=1),
+        config_of("two", (2, 4, 2, 8), plain, cut=2),
+        config_of("three", (8, 8, 1, 2), plain, (5, 3, 2, 1)),
+    ]
     case = gpu_check.Case(shape, Epilogue(True, 0.0), (True, True, True))
-    config = KernelConfig("tile", (("tile_h", 2), ("tile_w", 3), ("threads", threads), ("chunk", chunk)))
-    assert not emulate(tmp_path, [(case, config, H100)])
+    conv_case = gpu_check.Case(dense, Epilogue(True, 0.0), (True,))
+    runs = [(case, config, H100) for config in configs]
+    assert not emulate(tmp_path, [*runs, (conv_case, config_of("conv", (3, 3, 2, 4)), H100)])
 
 
-@pytest.mark.parametrize("chunk", [5, 13])
-@pytest.mark.parametrize("threads", [32, 256])
-def test_no_barrier_parts_a_pragma_from_its_loop(chunk, threads):
-    shape = TuckerConvShape(Conv2dShape(1, 8, 8, 32, 80, padding=(0, 0, 0, 0)), 13, 32)
-    config = KernelConfig("tile", (("tile_h", 4), ("tile_w", 4), ("threads", threads), ("chunk", chunk)))
-    lines = [line.strip() for line in cuda_source({"k": kernel_for(shape, config).func}).splitlines()]
-    assert lines.count("__syncthreads();") >= 2
+def test_blocks_can_compute_several_tiles(tmp_path):
+    """As on a GPU with few processors: some blocks have a tile more than others."""
+    small = replace(H100, core_count=1)
+    runs = []
+    for precision in ("fp32", "fp16"):
+        dense = Conv2dShape(5, 9, 8, 16, 24, (3, 3), padding=SAME, precision=precision)
+        case = gpu_check.Case(TuckerConvShape(dense, 16, 16), Epilogue(True, 0.0), (True, True, True))
+        runs.append((case, config_of("tile", (4, 4, 1, 4)), small))
+        runs.append((case, config_of("cluster", (4, 4, 2, 4)), small))
+        runs.append((gpu_check.Case(dense, Epilogue(), (False,)), config_of("conv", (4, 4, 1, 4)), small))
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    assert all(part.rounds > 1 for part in parts)
+    assert any(part.tile_count % (part.blocks // part.split) for part in parts)
+    assert not emulate(tmp_path, runs)
+
+
+def test_weights_that_do_not_fit_into_shared_memory_are_read_from_global_memory(tmp_path):
+    tight = replace(H100, smem_per_block_optin_bytes=12 * 1024)
+    runs = []
+    for precision in ("fp32", "fp16"):
+        dense = Conv2dShape(1, 6, 6, 64, 64, (3, 3), padding=SAME, precision=precision)
+        case = gpu_check.Case(TuckerConvShape(dense, 24, 24), Epilogue(), (True, True, True))
+        runs.append((case, config_of("tile", (2, 3, 1, 4)), tight))
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    assert all(not all(part.weights_shared) for part in parts)
+    assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("shape", RESNET[1:], ids=str)
+def test_no_barrier_parts_a_pragma_from_its_loop(shape):
+    lines = [line.strip() for line in cuda_source({"k": kernel_for(shape).func}).splitlines()]
+    assert lines.count("__syncthreads();") >= 1
     assert not [after for line, after in pairwise(lines) if line.startswith("#pragma") and not after.startswith("for")]
 
 
@@ -152,17 +207,15 @@ def test_parameters_are_input_constants_residual_output(bias, residual):
     shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME), 4, 4)
     kernel = kernel_for(shape, epilogue=Epilogue(residual), bias=bias)
     names = [param.name for param in kernel.func.params]
-    biases = ["reduce_bias", "core_bias", "expand_bias"] if bias else []
-    assert names == ["x", "reduce", "core", "expand", *biases, *(["residual"] if residual else []), "out"]
-    assert len(kernel.constants) == 3 + len(biases)
+    constants = [name for i in range(3) for name in ([f"weight{i}", f"bias{i}"] if bias else [f"weight{i}"])]
+    assert names == ["x", *constants, *(["residual"] if residual else []), "out"]
+    assert len(kernel.constants) == len(constants)
     assert all(constant.dtype == np.float32 and constant.flags.c_contiguous for constant in kernel.constants)
 
 
 @pytest.mark.parametrize("shape", RESNET[1:], ids=str)
 def test_most_processors_get_a_block(shape):
-    blocks, _ = launch_of(kernel_for(shape).func)
-    pixels = shape.out_pixels if isinstance(shape, Conv2dShape) else shape.dense.out_pixels
-    assert blocks >= min(H100.core_count // 2, pixels)
+    assert max(blocks for blocks, _, _ in launches_of(kernel_for(shape).func)) >= H100.core_count // 2
 
 
 @pytest.mark.parametrize("device", list(GPUS.values()), ids=lambda device: device.name)
@@ -177,38 +230,51 @@ def test_candidates_run_and_the_cheapest_is_chosen(shape, device):
     assert estimate.latency_us > device.launch_us
 
 
-def test_too_large_a_tile_is_rejected_with_numbers():
-    shape = TuckerConvShape(Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME), 192, 64)
-    config = KernelConfig("tile", (("tile_h", 16), ("tile_w", 16), ("threads", 256), ("chunk", 192)))
-    assert conv.reject_reason(shape, config, GPUS["RTX 2080 Ti"]).endswith("KB of shared memory, RTX 2080 Ti has 64 KB")
-    with pytest.raises(TdcError, match="shared memory"):
-        kernel_for(shape, config)
+@pytest.mark.parametrize(
+    ("config", "device", "precision", "reason"),
+    [
+        (("tile", (16, 16, 1, 8)), "RTX 2080 Ti", "fp32", "KB of shared memory, RTX 2080 Ti has 64 KB"),
+        (("cluster", (4, 4, 2, 8)), "A100", "fp32", "clusters of 2 blocks; A100 is sm_80, clusters begin with sm_90"),
+        (("cluster", (4, 4, 17, 8)), "H100", "fp32", "clusters of 17 blocks, H100 has at most 16"),
+        (("tile", (4, 4, 1, 4)), "RTX 2080 Ti", "tf32", "tf32 tensor cores; RTX 2080 Ti is sm_75"),
+        (("tile", (4, 4, 1, 33)), "H100", "fp16", "1056 threads"),
+        (("tile", (0, 4, 1, 4)), "H100", "fp16", "tiles of 0x4"),
+        (("conv", (4, 4, 1, 4)), "H100", "fp16", "expected 'tile' or 'cluster'"),
+    ],
+)
+def test_what_cannot_run_is_rejected_with_numbers(config, device, precision, reason):
+    shape = TuckerConvShape(Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME, precision=precision), 192, 64)
+    config = config_of(*config)
+    assert reason in conv.reject_reason(shape, config, GPUS[device])
+    with pytest.raises(TdcError, match=re.escape(reason)):
+        kernel_for(shape, config, device=GPUS[device])
 
 
 def test_wrong_strategy_is_rejected():
-    assert "expected 'direct'" in conv.reject_reason(RESNET[0], KernelConfig("tile"), H100)
-    assert "expected 'tile'" in conv.reject_reason(RESNET[-1], KernelConfig("direct"), H100)
+    assert "expected 'conv'" in conv.reject_reason(RESNET[0], KernelConfig("tile"), H100)
 
 
 def test_ranks_beyond_shared_memory_are_an_error_of_the_user():
-    shape = TuckerConvShape(Conv2dShape(1, 2, 2, 4, 4, (3, 3), padding=SAME), 4, 100_000)
-    with pytest.raises(TdcError, match="lower the ranks"):
+    shape = TuckerConvShape(Conv2dShape(1, 2, 2, 4, 4, (3, 3), padding=SAME), 4, 1_000_000)
+    with pytest.raises(TdcError, match="lower the channels or ranks"):
         conv.choose(shape, H100)
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["RTX 2080 Ti", "A100", "RTX 3090", "L4", "H100"])
-def test_compiles_without_spills(tmp_path, name):
+def test_picks_compile_without_spills(tmp_path, name):
     device = GPUS[name]
     target = Target({"kind": "cuda", "arch": device.arch})
-    functions = {
-        f"k{i}": kernel_for(shape, epilogue=Epilogue(True, 0.0), device=device).func.with_attr("global_symbol", f"k{i}")
-        for i, shape in enumerate(RESNET)
-    }
+    precisions = [p for p in DTYPES if p in ("fp32", "fp16") or device.compute_capability >= 80]
+    functions = {}
+    for precision in precisions:
+        for i, shape in enumerate(RESNET):
+            func = kernel_for(in_precision(shape, precision), epilogue=Epilogue(True, 0.0), device=device).func
+            functions[f"{precision}_{i}"] = func.with_attr("global_symbol", f"{precision}_{i}")
     with cuda_compiler(target):
-        module = tvm.tirx.build(tvm.IRModule(functions), target=target)
+        module = tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline=TIR_PIPELINE)
     module.export_library(str(tmp_path / "kernels.so"))
     kernels = cubin_kernels(tmp_path / "kernels.so")
-    assert [kernel.name for kernel in kernels] == [f"{name}_kernel" for name in functions]
+    assert {kernel.name.split("_kernel")[0] for kernel in kernels} == set(functions)
     assert {kernel.arch for kernel in kernels} == {device.arch}
     assert all(kernel.local_bytes == 0 for kernel in kernels)

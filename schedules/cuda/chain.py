@@ -1,0 +1,491 @@
+"""Emits the kernel that a `Part` describes: one to three convolutions over a tile, on CUDA or tensor cores.
+
+Shared memory is one buffer of 32-bit words: a word is a float, or two halves.  Registers that hold
+operands are words too; only the product looks at what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import ir, tirx
+from tvm.tirx.script.builder import ir as T
+
+from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, run
+from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
+from tdc_tvm.schedules.shape import Epilogue
+
+# Units of depth whose operands are in flight together.
+_UNROLL = 4
+
+
+@dataclass
+class Buffers:
+    """Parameters of one kernel.
+
+    Parameters
+    ----------
+    x, out : Buffer
+        NHWC, ``in_width`` and ``out_width`` channels.
+    weights : sequence of Buffer
+        A flat one for each stage.
+    biases : sequence of Buffer or None
+        FP32, filled up to whole slices.
+    residual : Buffer, optional
+        Of the output's shape.
+    """
+
+    x: tirx.Buffer
+    out: tirx.Buffer
+    weights: Sequence[tirx.Buffer]
+    biases: Sequence[tirx.Buffer | None]
+    residual: tirx.Buffer | None
+
+
+def local(count: int, dtype: str = "float32") -> tirx.Buffer:
+    """Registers."""
+    return T.sblock_alloc_buffer((count,), dtype, scope="local")
+
+
+def ramp(start: ir.Expr | int, count: int) -> ir.Expr | int:
+    """The indices of ``count`` neighbouring elements."""
+    return start if count == 1 else T.ramp(start, 1, count)
+
+
+def unrolled(count: int):
+    """A loop that the CUDA compiler unrolls."""
+    return T.serial(count, unroll=True)
+
+
+def all_of(*conditions: ir.Expr | bool) -> ir.Expr | None:
+    """The conjunction of what is not known to hold; None if all holds."""
+    unknown = [condition for condition in conditions if condition is not True]
+    return tirx.all(*unknown) if unknown else None
+
+
+def when(condition: ir.Expr | None, body: Callable[[], None]) -> None:
+    """Emit under a condition; None always holds."""
+    if condition is None:
+        body()
+        return
+    with T.If(condition), T.Then():
+        body()
+
+
+class Chain:
+    """Emits one part."""
+
+    def __init__(self, part: Part, epilogue: Epilogue, buffers: Buffers):
+        self.part, self.epilogue, self.buffers = part, epilogue, buffers
+        self.unit = part.unit
+        self.last = part.last
+        places, at = [], 0
+        for stage in range(len(part.stages)):
+            places.append(at)
+            at += part.input_words(stage)
+        self.input_at, self.scratch_at = places, at
+        at += part.scratch_words
+        self.weights_at = []
+        for stage, shared in enumerate(part.weights_shared):
+            self.weights_at.append(at)
+            at += 4 * part.weight_vectors(stage) if shared else 0
+        assert 4 * at == part.smem_bytes
+
+    def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
+        """Emit the kernel's body.
+
+        Parameters
+        ----------
+        block, rank, thread : Expr
+            Which group of blocks this is, which block of the group, which thread of the block.
+        """
+        part = self.part
+        # At least one word: a buffer cannot be empty.
+        self.shared = T.sblock_alloc_buffer((max(1, part.smem_bytes // 4),), "float32", scope="shared.dyn")
+        self.rank, self.thread = rank, thread
+        self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
+        # Weights do not depend on the kernel before this one: what is needed later is under way before its end.
+        early = [0] if part.is_windowed else range(len(part.stages))
+        late = range(1, len(part.stages)) if part.is_windowed else []
+        for stage in early:
+            self.copy_weights(stage)
+            run("tdc_commit")
+        run("tdc_launch_dependents")
+        if part.is_cluster:
+            run("tdc_cluster_arrive")
+        run("tdc_wait_for_dependencies")
+        groups = part.blocks // part.split
+        with T.serial(part.rounds) as turn:
+            tile = T.Bind(turn * groups + block)
+            self.image = T.Bind(tile // (part.tiles[0] * part.tiles[1]))
+            self.out_y0 = T.Bind(tile // part.tiles[1] % part.tiles[0] * part.tile_h)
+            self.out_x0 = T.Bind(tile % part.tiles[1] * part.tile_w)
+            # A block without a tile left computes one that is outside of the batch, and stores nothing of it.
+            self.has_tile = tile < part.tile_count if part.tile_count % groups else True
+            core = part.core
+            self.in_y0 = T.Bind(self.out_y0 * core.stride[0] - core.padding[0])
+            self.in_x0 = T.Bind(self.out_x0 * core.stride[1] - core.padding[1])
+            if part.is_staged:
+                self.copy_input()
+                run("tdc_commit")
+            for stage in late:
+                with T.If(turn == 0), T.Then():
+                    self.copy_weights(stage)
+                run("tdc_commit")
+            for stage in range(len(part.stages)):
+                # Groups of copies that were begun after this stage's: the weights of later ones.
+                run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
+                if stage or part.rounds == 1:
+                    self.synchronize(stage)
+                else:
+                    self.synchronize_first(turn)
+                self.stage(stage)
+            if part.rounds > 1:
+                self.synchronize(1)
+
+    def synchronize(self, stage: int) -> None:
+        """Wait for all that computes, or copies, a stage's input."""
+        if not self.part.is_cluster:
+            barrier()
+        elif stage == 0:
+            # Blocks of the cluster must have begun before they are written to.
+            run("tdc_cluster_wait")
+            barrier()
+        else:
+            run("tdc_cluster_arrive")
+            run("tdc_cluster_wait")
+
+    def synchronize_first(self, turn: ir.Expr) -> None:
+        """The same for the first stage, where only the first turn waits for the cluster to begin."""
+        if self.part.is_cluster:
+            with T.If(turn == 0), T.Then():
+                run("tdc_cluster_wait")
+        barrier()
+
+    def copy_weights(self, stage: int) -> None:
+        """Begin to copy a stage's weights into shared memory."""
+        part = self.part
+        if not part.weights_shared[stage]:
+            return
+        vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
+        start = T.Bind(self.rank * vectors)
+
+        def copy(vector: ir.Expr) -> None:
+            to = self.place(self.weights_at[stage] + vector * 4)
+            run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
+
+        self.each(vectors, copy)
+
+    def place(self, word: ir.Expr) -> ir.Expr:
+        """The address of a word of shared memory."""
+        return address(self.shared, word)
+
+    def each(self, count: int, body: Callable[[ir.Expr], None]) -> None:
+        """Divide items among the threads of the block."""
+        threads = self.part.threads
+        trips = ceil_div(count, threads)
+        with T.serial(trips, unroll=min(8, trips)) as trip:
+            item = T.Bind(trip * threads + self.thread)
+            when(all_of(item < count if count % threads else True), lambda: body(item))
+
+    def copy_input(self) -> None:
+        """Copy the tile's input and halo into shared memory, zeros where there is none."""
+        part, unit = self.part, self.unit
+        vectors = part.in_channels(0) // unit.vector
+        conv, x = part.stages[0], self.buffers.x
+
+        def copy(item: ir.Expr) -> None:
+            pixel, vector = T.Bind(item // vectors), T.Bind(item % vectors)
+            y, z = self.in_y0 + pixel // part.halo[1], self.in_x0 + pixel % part.halo[1]
+            channel = vector * unit.vector
+            inside = all_of(
+                self.has_tile,
+                y >= 0,
+                y < conv.height,
+                z >= 0,
+                z < conv.width,
+                channel < part.in_width if part.in_width < part.in_channels(0) else True,
+            )
+            to = self.input_at[0] + pixel * part.pitch(0) + vector * 4
+            start = address(x, 0, 0, 0, tirx.if_then_else(inside, self.offset(self.image, y, z) + channel, 0))
+            if part.in_width % unit.vector == 0:
+                run("tdc_copy", self.place(to), start, inside)
+                return
+            words = local(4)
+            count = tirx.if_then_else(inside, part.in_width - channel, 0)
+            run(f"tdc_gather_{unit.dtype}", address(words, 0), start, count)
+            run("tdc_move4", self.place(to), address(words, 0))
+
+        self.each(part.halo[0] * part.halo[1] * vectors, copy)
+
+    def offset(self, image: ir.Expr, y: ir.Expr, x: ir.Expr) -> ir.Expr:
+        """Where a pixel of the input begins in memory, in elements."""
+        conv = self.part.stages[0]
+        return ((image * conv.height + y) * conv.width + x) * self.part.in_width
+
+    def stage(self, stage: int) -> None:
+        """Compute a stage."""
+        part, unit, work = self.part, self.unit, self.part.works[stage]
+        channel_tiles, pixel_tiles = part.tiles_of_work(stage)
+        items, groups = channel_tiles * pixel_tiles, part.warps // work.splits
+        rounds = ceil_div(items, groups)
+        acc = local(work.rows * work.columns * (2 if unit.name == "mma" else 1))
+        # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
+        starts = local(work.columns, "int32")
+        split = T.Bind(self.warp // groups)
+        with T.serial(rounds) as i:
+            item = T.Bind(i * groups + self.warp % groups)
+
+            def compute() -> None:
+                # Neighbouring warps take neighbouring pixels, and the same weights.
+                channel_tile, pixel_tile = T.Bind(item // pixel_tiles), T.Bind(item % pixel_tiles)
+                with unrolled(acc.shape[0]) as j:
+                    T.buffer_store(acc, tirx.const(0, "float32"), [j])
+                with unrolled(work.columns) as j:
+                    pixel = (pixel_tile * work.columns + j) * unit.pixels + self.pixel_lane()
+                    pixel = tirx.min(pixel, part.pixels(stage) - 1)
+                    T.buffer_store(starts, self.start(stage, pixel), [j])
+                self.multiply(stage, acc, starts, split, channel_tile)
+                if work.splits == 1:
+                    self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: self.finish(stage, *at))
+                else:
+                    self.each_result(
+                        stage, acc, channel_tile, pixel_tile, lambda *at: self.share_sums(stage, split, *at)
+                    )
+
+            when(all_of(item < items if items % groups else True), compute)
+        if work.splits > 1:
+            barrier()
+            self.add_up(stage)
+
+    def pixel_lane(self) -> ir.Expr:
+        """Which of the pixels that a warp loads side by side is this lane's."""
+        return self.lane // (WARP // self.unit.pixels)
+
+    def chunk_lane(self) -> ir.Expr | int:
+        """Which of the vectors of a unit of depth is this lane's."""
+        return self.lane % self.unit.chunks if self.unit.chunks > 1 else 0
+
+    def position(self, stage: int, pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
+        """The row and column of a stage's input that a pixel of its output begins at, within the halo or the tile."""
+        part = self.part
+        if stage == part.core_index:
+            width, (down, across) = part.tile_w, part.core.stride
+            return pixel // width * down, pixel % width * across
+        width = part.halo[1] if stage < part.core_index else part.tile_w
+        return pixel // width, pixel % width
+
+    def start(self, stage: int, pixel: ir.Expr) -> ir.Expr:
+        """Where the input of a pixel begins, this lane's part of the depth included."""
+        part = self.part
+        y, x = self.position(stage, pixel)
+        if part.input_words(stage):
+            width = part.halo[1] if stage <= part.core_index else part.tile_w
+            return (self.input_at[stage] + (y * width + x) * part.pitch(stage)) // 4 + self.chunk_lane()
+        # Pixels outside of the image take any value within it; they are not stored, or stored as zeros.
+        conv = part.stages[0]
+        y = tirx.max(tirx.min(self.in_y0 + y, conv.height - 1), 0)
+        x = tirx.max(tirx.min(self.in_x0 + x, conv.width - 1), 0)
+        image = self.image if self.has_tile is True else tirx.min(self.image, conv.batch - 1)
+        return self.offset(image, y, x) + self.chunk_lane() * self.unit.vector
+
+    def multiply(
+        self, stage: int, acc: tirx.Buffer, starts: tirx.Buffer, split: ir.Expr, channel_tile: ir.Expr
+    ) -> None:
+        """Add one part of the depth to the sums of one warp tile."""
+        part, unit, work = self.part, self.unit, self.part.works[stage]
+        conv, share = part.stages[stage], part.share(stage)
+        units, steps = part.depth_units(stage), share * work.splits
+        per_tap = part.in_channels(stage) // unit.depth
+        a, b = local(4 * work.rows), local(4 * work.columns)
+        lane = self.lane if unit.weight_lanes == WARP else self.lane % unit.weight_lanes
+        first = T.Bind((channel_tile * steps + split * share) * (work.rows * unit.weight_lanes) + lane)
+        with T.serial(share, unroll=min(_UNROLL, share)) as i:
+            step = split * share + i if work.splits > 1 else i
+            with unrolled(work.rows) as row:
+                vector = first + (i * work.rows + row) * unit.weight_lanes
+                if part.weights_shared[stage]:
+                    source = self.shared[ramp(self.weights_at[stage] + vector * 4, 4)]
+                    T.buffer_store(a, source, [ramp(row * 4, 4)])
+                else:
+                    start = (self.rank * part.weight_vectors(stage) + vector) * unit.vector
+                    from_ = address(self.buffers.weights[stage], start)
+                    run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
+            # Behind the end the weights are zero, and the pixels those of the last step.
+            step = tirx.min(step, units - 1) if steps > units else step
+            with unrolled(work.columns) as j:
+                if part.input_words(stage):
+                    at = step * unit.chunks
+                    if conv.kernel != (1, 1):
+                        tap = step // per_tap
+                        y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
+                        at = step % per_tap * unit.chunks + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
+                    T.buffer_store(b, self.shared[ramp((starts[j] + at) * 4, 4)], [ramp(j * 4, 4)])
+                else:
+                    self.load_input(b, j, starts[j], step * unit.depth)
+            self.multiply_unit(work.rows, work.columns, acc, a, b)
+
+    def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr) -> None:
+        """Read one vector of the input from global memory."""
+        part, unit = self.part, self.unit
+        channel = depth + self.chunk_lane() * unit.vector
+        inside = channel < part.in_width if part.in_width < part.in_channels(0) else tirx.const(True, "bool")
+        from_ = address(self.buffers.x, 0, 0, 0, start + depth)
+        if part.in_width % unit.vector == 0:
+            run("tdc_load", address(b, j * 4), from_, inside)
+        else:
+            run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, part.in_width - channel)
+
+    def multiply_unit(self, rows: int, columns: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer) -> None:
+        """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[column, k]``."""
+        if self.unit.name == "mma":
+            with unrolled(rows // 2) as m, unrolled(columns) as j:
+                sums = address(acc, (m * columns + j) * 4)
+                operands = address(a, m * 8), address(a, m * 8 + 4), address(b, j * 4)
+                run(f"tdc_mma_{self.unit.dtype}", sums, *operands)
+            return
+        with unrolled(4) as k, unrolled(rows) as row, unrolled(columns) as j:
+            T.buffer_store(acc, acc[row * columns + j] + a[row * 4 + k] * b[j * 4 + k], [row * columns + j])
+
+    def each_result(
+        self,
+        stage: int,
+        acc: tirx.Buffer,
+        channel_tile: ir.Expr,
+        pixel_tile: ir.Expr,
+        use: Callable[[ir.Expr, ir.Expr, tirx.Buffer], None],
+    ) -> None:
+        """Visit a lane's sums, as ``(pixel, first channel of the slice, neighbouring channels)``."""
+        part, unit, work = self.part, self.unit, self.part.works[stage]
+        columns, rows = work.columns, work.rows
+        values = local(rows)
+        mma = unit.name == "mma"
+        row_lane = self.lane // 4 if mma else self.lane % 8
+        channel = T.Bind(channel_tile * (8 * rows) + row_lane * rows)
+        with unrolled(columns) as j, unrolled(2 if mma else 1) as e:
+            pixel = (pixel_tile * columns + j) * unit.pixels
+            pixel = pixel + (self.lane % 4 * 2 + e if mma else self.pixel_lane())
+            with unrolled(rows) as row:
+                at = (row // 2 * columns + j) * 4 + row % 2 * 2 + e if mma else row * columns + j
+                T.buffer_store(values, acc[at], [row])
+            inside = all_of(
+                pixel < part.pixels(stage) if part.pixels(stage) % (columns * unit.pixels) else True,
+                channel < part.slice_channels(stage) if part.slice_channels(stage) % (8 * rows) else True,
+            )
+            when(inside, lambda pixel=pixel: use(pixel, channel, values))
+
+    def share_sums(self, stage: int, split: ir.Expr, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
+        """Put sums over a part of the depth where `add_up` finds them."""
+        part, rows = self.part, self.part.works[stage].rows
+        at = self.scratch_at + (split * part.pixels(stage) + pixel) * part.scratch_pitch(stage) + channel
+        for start in range(0, rows, 4):
+            width = min(4, rows - start)
+            run(f"tdc_move{width}", self.place(at + start), address(values, start))
+
+    def add_up(self, stage: int) -> None:
+        """Add the parts of the depth, always in the same order, and finish."""
+        part, work = self.part, self.part.works[stage]
+        vectors = part.slice_channels(stage) // work.rows
+        pitch, pixels = part.scratch_pitch(stage), part.pixels(stage)
+
+        def add(item: ir.Expr) -> None:
+            values = local(work.rows)
+            pixel, channel = T.Bind(item // vectors), T.Bind(item % vectors * work.rows)
+            at = T.Bind(self.scratch_at + pixel * pitch + channel)
+            more = local(work.rows)
+            for split in range(work.splits):
+                for start in range(0, work.rows, 4):
+                    from_ = self.place(at + split * (pixels * pitch) + start)
+                    run(f"tdc_move{min(4, work.rows)}", address(more if split else values, start), from_)
+                if split:
+                    with unrolled(work.rows) as row:
+                        T.buffer_store(values, values[row] + more[row], [row])
+            self.finish(stage, pixel, channel, values)
+
+        self.each(pixels * vectors, add)
+
+    def finish(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
+        """Add the bias to sums and hand them on: to the next stage, or to the output."""
+        rows, bias = self.part.works[stage].rows, self.buffers.biases[stage]
+        channel = T.Bind(self.rank * self.part.slice_channels(stage) + channel)
+        if bias is not None:
+            with unrolled(rows) as row:
+                T.buffer_store(values, values[row] + bias[channel + row], [row])
+        if stage == self.last:
+            self.store(pixel, channel, values, rows)
+        else:
+            self.hand_on(stage, pixel, channel, values, rows)
+
+    def hand_on(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
+        """Store into the shared memory of all blocks of the cluster; the core's padding is zero."""
+        part = self.part
+        if stage < part.core_index:
+            y, x = self.position(stage, pixel)
+            y, x = self.in_y0 + y, self.in_x0 + x
+            inside = tirx.all(y >= 0, y < part.core.height, x >= 0, x < part.core.width)
+            with unrolled(rows) as row:
+                T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
+        words, count = self.to_words(values, rows)
+        at = self.input_at[stage + 1] + pixel * part.pitch(stage + 1) + channel * self.unit.element_bytes // 4
+        for start in range(0, count, 4):
+            width = min(4, count - start)
+            if part.is_cluster:
+                with unrolled(part.split) as peer:
+                    to = self.place(at + start)
+                    run(f"tdc_cluster_store{width}", to, peer, address(words, start))
+            else:
+                run(f"tdc_move{width}", self.place(at + start), address(words, start))
+
+    def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
+        """FP32 values as the words that are stored, and how many."""
+        if self.part.precision == "tf32":
+            # Tensor cores would cut off what TF32 has no room for; the input, which is read once, is left to them.
+            with unrolled(rows) as i:
+                T.buffer_store(values, call("tdc_tf32", values[i], returns="float32"), [i])
+        if self.unit.dtype == "float32":
+            return values, rows
+        words = local(rows // 2)
+        with unrolled(rows // 2) as i:
+            packed = call(f"tdc_pack_{self.unit.dtype}", values[i * 2], values[i * 2 + 1], returns="float32")
+            T.buffer_store(words, packed, [i])
+        return words, rows // 2
+
+    def store(self, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
+        """Apply the epilogue and store to the output."""
+        part, epilogue, out, residual = self.part, self.epilogue, self.buffers.out, self.buffers.residual
+        core = part.core
+        y, x = T.Bind(self.out_y0 + pixel // part.tile_w), T.Bind(self.out_x0 + pixel % part.tile_w)
+        whole = part.out_width % rows == 0
+        covered = part.split * part.slice_channels(self.last)
+
+        def store() -> None:
+            with unrolled(rows) as row:
+                value = values[row]
+                if residual is not None:
+                    # Behind the last channel any value does: it is not stored.
+                    at = channel + row if whole else tirx.min(channel + row, part.out_width - 1)
+                    value = value + T.cast(residual[self.image, y, x, at], "float32")
+                if epilogue.clip_min is not None:
+                    value = tirx.max(value, tirx.const(epilogue.clip_min, "float32"))
+                if epilogue.clip_max is not None:
+                    value = tirx.min(value, tirx.const(epilogue.clip_max, "float32"))
+                T.buffer_store(values, value, [row])
+            if not whole:
+                with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
+                    value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
+                    T.buffer_store(out, value, [self.image, y, x, channel + row])
+                return
+            words, count = (values, rows) if self.unit.dtype == "float32" else self.to_words(values, rows)
+            for start in range(0, count, 4):
+                width = min(4, count - start)
+                to = address(out, self.image, y, x, channel + start * 4 // self.unit.element_bytes)
+                run(f"tdc_move{width}", to, address(words, start))
+
+        inside = all_of(
+            self.has_tile,
+            y < core.out_height if core.out_height % part.tile_h else True,
+            x < core.out_width if core.out_width % part.tile_w else True,
+            channel < part.out_width if covered > part.out_width else True,
+        )
+        when(inside, store)

@@ -1,0 +1,143 @@
+"""Strategies for dense and Tucker convolutions: which stages make up a kernel, over which tiles, by how many blocks.
+
+``tile``: all three stages in one kernel, a tile by one block.  ``cluster``: a tile by several blocks.
+``two``: two kernels, cut before (``cut`` 1) or after (``cut`` 2) the core.  ``three``: one kernel for
+each stage.  ``conv``: a dense convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tdc_tvm.schedules.cuda.chain import Buffers, Chain
+from tdc_tvm.schedules.cuda.plan import UNITS, Part, pack_bias, pack_weights, round_up
+from tdc_tvm.schedules.device import DeviceSpec
+from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
+
+FIELDS = ("tile_h", "tile_w", "split", "warps")
+
+
+def stages_of(shape: ConvShape) -> tuple[Conv2dShape, ...]:
+    """The convolutions that a shape stands for."""
+    return (shape,) if isinstance(shape, Conv2dShape) else shape.stages
+
+
+def cuts_of(config: KernelConfig) -> tuple[int, ...]:
+    """Numbers of the stages before which a new kernel begins."""
+    return {"two": lambda: (config["cut"],), "three": lambda: (1, 2)}.get(config.strategy, tuple)()
+
+
+def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tuple[Part, ...]:
+    """The kernels of a configuration, in order."""
+    stages = stages_of(shape)
+    bounds = (0, *cuts_of(config), len(stages))
+    vector = UNITS[stages[0].precision].vector
+    parts = []
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        values = tuple(config[f"{field}{number or ''}"] for field in FIELDS)
+        # What lies between kernels has whole vectors of channels.
+        in_width = round_up(stages[begin].in_channels, vector) if begin else None
+        out_width = round_up(stages[end - 1].out_channels, vector) if end < len(stages) else None
+        parts.append(make_part(stages[begin:end], values, device, in_width, out_width))
+    return tuple(parts)
+
+
+def make_part(
+    stages: tuple[Conv2dShape, ...],
+    values: Sequence[int],
+    device: DeviceSpec,
+    in_width: int | None = None,
+    out_width: int | None = None,
+) -> Part:
+    """One kernel from values of `FIELDS`; widths in memory are the channels, unless they are given."""
+    tile_h, tile_w, split, warps = values
+    return Part(
+        stages,
+        tile_h,
+        tile_w,
+        split,
+        warps,
+        device,
+        in_width or stages[0].in_channels,
+        out_width or stages[-1].out_channels,
+    )
+
+
+def make_kernel(
+    shape: ConvShape,
+    epilogue: Epilogue,
+    weights: tuple[ConvWeights, ...],
+    config: KernelConfig,
+    device: DeviceSpec,
+    name: str,
+) -> Kernel:
+    """Build the kernels: parameters ``(x, weights and biases by stage, [residual], out, what lies between)``."""
+    parts, stages = parts_of(shape, config, device), stages_of(shape)
+    placed = [(part, stage) for part in parts for stage in range(len(part.stages))]
+    constants = {}
+    for number, ((part, stage), given) in enumerate(zip(placed, weights, strict=True)):
+        constants[f"weight{number}"] = pack_weights(part, stage, given)
+        if given.bias is not None:
+            constants[f"bias{number}"] = pack_bias(part, stage, given.bias)
+    first, last = stages[0], stages[-1]
+    out_shape = (last.batch, last.out_height, last.out_width, last.out_channels)
+    between = tuple(
+        (last.batch, part.stages[-1].out_height, part.stages[-1].out_width, part.out_width) for part in parts[:-1]
+    )
+    dtype = first.dtype
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8, "tdc.config": str(config)})
+        if device.compute_capability >= 90:
+            T.func_attr({"tirx.kernel_launch_params": ["tirx.use_programtic_dependent_launch"]})
+        x = T.arg("x", T.buffer((first.batch, first.height, first.width, first.in_channels), dtype))
+        given = {
+            key: T.arg(key, T.buffer((array.size,), "float32" if key.startswith("bias") else dtype))
+            for key, array in constants.items()
+        }
+        residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
+        out = T.arg("out", T.buffer(out_shape, dtype))
+        middle = [T.arg(f"between{i}", T.buffer(extents, dtype)) for i, extents in enumerate(between)]
+        outputs, inputs = [*middle, out], [x, *middle]
+        at = 0
+        for number, part in enumerate(parts):
+            stage_numbers = range(at, at + len(part.stages))
+            at += len(part.stages)
+            is_last = number == len(parts) - 1
+            buffers = Buffers(
+                inputs[number],
+                outputs[number],
+                [given[f"weight{i}"] for i in stage_numbers],
+                [given.get(f"bias{i}") for i in stage_numbers],
+                residual if is_last else None,
+            )
+            chain = Chain(part, epilogue if is_last else Epilogue(), buffers)
+            _emit_kernel(chain, f"{name}_{number}" if len(parts) > 1 else name)
+    flat = tuple(array.reshape(-1) for array in constants.values())
+    return Kernel(builder.get(), flat, between)
+
+
+def _emit_kernel(chain: Chain, name: str) -> None:
+    part, buffers = chain.part, chain.buffers
+
+    with ExitStack() as frames:
+        block = frames.enter_context(T.thread_binding(part.blocks, thread="blockIdx.x"))
+        if part.is_cluster:
+            frames.enter_context(T.thread_binding(part.split, thread="clusterCtaIdx.x"))
+        thread = frames.enter_context(T.thread_binding(part.threads, thread="threadIdx.x"))
+        frames.enter_context(T.sblock(name))
+        read = [buffers.x, *buffers.weights, *(b for b in (*buffers.biases, buffers.residual) if b is not None)]
+        T.reads(*(_whole(buffer) for buffer in read))
+        T.writes(_whole(buffers.out))
+        # The blocks of a cluster are neighbours.
+        chain.emit(T.Bind(block // part.split), T.Bind(block % part.split), thread)
+
+
+def _whole(buffer: tirx.Buffer):
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]

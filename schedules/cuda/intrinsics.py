@@ -1,0 +1,157 @@
+"""What TensorIR cannot say: small device functions, each a call from TensorIR.
+
+Tensor-core products on raw registers, asynchronous copies that fill with zeros, rounding to TF32,
+stores into another block's shared memory, cluster barriers and programmatic dependent launch have
+no form in TensorIR 0.27, or one that its passes insert by themselves and only for patterns of
+their own.  ``TDC_EMULATED`` leaves the definitions out: the tests bring portable ones.
+"""
+
+from __future__ import annotations
+
+from tvm import ir, tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.tirx.script.builder import ir as T
+
+_C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
+
+# Definitions by name, without what makes them inline device functions.
+_BODIES = {
+    # 16 bytes to registers, zeros where there is nothing to read.
+    "tdc_load": """void tdc_load(float* to, const void* from, bool valid) {
+  *(uint4*)to = valid ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+}""",
+    # The same for rows that are not aligned: element by element.
+    **{
+        f"tdc_gather_{dtype}": f"""void tdc_gather_{dtype}(float* to, const void* start, int count) {{
+  constexpr int n = 16 / sizeof({c_type});
+  const {c_type}* from = (const {c_type}*)start;
+  alignas(16) {c_type} values[n];
+  #pragma unroll
+  for (int i = 0; i < n; ++i) values[i] = i < count ? from[i] : {c_type}(0.f);
+  *(uint4*)to = *(uint4*)values;
+}}"""
+        for dtype, c_type in _C_TYPES.items()
+    },
+    "tdc_copy": """void tdc_copy(void* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  int size = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(from), "r"(size) : "memory");
+#else
+  *(uint4*)to = valid ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+#endif
+}""",
+    "tdc_commit": """void tdc_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}""",
+    **{
+        f"tdc_await{pending}": f"""void tdc_await{pending}() {{
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group {pending};" ::: "memory");
+#endif
+}}"""
+        for pending in range(4)
+    },
+    # Two steps of 16 (FP16, BF16) or 8 (TF32) of the depth: fragments of A for each, and of B for both.
+    **{
+        f"tdc_mma_{dtype}": f"""void tdc_mma_{dtype}(float* c, const float* a0, const float* a1, const float* b) {{
+#if __CUDA_ARCH__ >= 800
+  #pragma unroll
+  for (int i = 0; i < 2; ++i) {{
+    const unsigned *a = (const unsigned*)(i ? a1 : a0), *r = (const unsigned*)b + 2 * i;
+    asm("mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
+        "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(r[0]), "r"(r[1]));
+  }}
+#else
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {{
+    const unsigned *a = (const unsigned*)(i / 2 ? a1 : a0) + i % 2 * 2, *r = (const unsigned*)b + i;
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{%0,%1,%2,%3}}, {{%4,%5}}, {{%6}}, {{%0,%1,%2,%3}};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(r[0]));
+  }}
+#endif
+}}"""
+        for dtype, shape, kind in (
+            ("float16", "m16n8k16", "f16"),
+            ("bfloat16", "m16n8k16", "bf16"),
+            ("float32", "m16n8k8", "tf32"),
+        )
+    },
+    "tdc_tf32": """float tdc_tf32(float value) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}""",
+    "tdc_pack_float16": """float tdc_pack_float16(float low, float high) {
+  half2 pair = __floats2half2_rn(low, high);
+  return *(float*)&pair;
+}""",
+    "tdc_pack_bfloat16": """float tdc_pack_bfloat16(float low, float high) {
+  nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *(float*)&pair;
+}""",
+    "tdc_cluster_arrive": """void tdc_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}""",
+    "tdc_cluster_wait": """void tdc_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}""",
+    # Words between registers and memory; TensorIR's vectors must have indices that it can prove to be aligned.
+    **{
+        f"tdc_move{count}": f"""void tdc_move{count}(void* to, const void* from) {{
+  *({c_type}*)to = *(const {c_type}*)from;
+}}"""
+        for count, c_type in ((1, "float"), (2, "float2"), (4, "float4"))
+    },
+    # To the same place in the shared memory of another block of the cluster.
+    **{
+        f"tdc_cluster_store{count}": f"""void tdc_cluster_store{count}(float* to, int rank, const float* words) {{
+  unsigned address = (unsigned)__cvta_generic_to_shared(to), remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster{form}.f32 [%0], {places};" :: "r"(remote), {values} : "memory");
+}}"""
+        for count, form in ((1, ""), (2, ".v2"), (4, ".v4"))
+        for places in ("%1" if count == 1 else "{" + ", ".join(f"%{i + 1}" for i in range(count)) + "}",)
+        for values in (", ".join(f'"f"(words[{i}])' for i in range(count)),)
+    },
+    "tdc_launch_dependents": """void tdc_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}""",
+    "tdc_wait_for_dependencies": """void tdc_wait_for_dependencies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}""",
+}
+
+
+def call(name: str, *arguments: ir.Expr | int, returns: str = "void") -> ir.Expr:
+    """Call a device function of the table above; ``returns`` is the type of its result."""
+    source = f"#ifndef TDC_EMULATED\n__forceinline__ __device__ {_BODIES[name]}\n#endif\n"
+    values = [tirx.const(value, "int32") if isinstance(value, int) else value for value in arguments]
+    return cuda_func_call(name, *values, source_code=source, return_type=returns)
+
+
+def run(name: str, *arguments: ir.Expr | int) -> None:
+    """Emit a call as a statement."""
+    T.evaluate(call(name, *arguments))
+
+
+def address(buffer: tirx.Buffer, *indices: ir.Expr | int) -> ir.Expr:
+    """The address of an element."""
+    return tirx.address_of(buffer[tuple(indices)])
+
+
+def barrier() -> None:
+    """Wait for all threads of the block.
+
+    TVM would insert the barriers that are missing, but between an unroll pragma and its loop, which
+    then keeps its registers in memory.  So schedules leave none out.
+    """
+    T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))

@@ -1,0 +1,520 @@
+"""How a kernel divides its work: everything that follows from a shape and a configuration, and no code yet.
+
+A *part* is one kernel: one to three consecutive stages of a Tucker convolution, or a whole dense
+one.  A block computes all its stages over a spatial tile.  What one stage hands to the next stays in
+shared memory.  ``split`` blocks share a tile: each computes a slice of every stage's channels.  If
+there is more than one stage they form a cluster, and store what they hand on into each other's
+shared memory.
+
+A stage is a product of weights (channels x depth) and pixels (depth x pixels), the depth being the
+window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
+input channels, in units: one unit of depth is what a warp multiplies between two loads.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tdc_tvm.schedules.device import DeviceSpec
+from tdc_tvm.schedules.kernel import ConvWeights
+from tdc_tvm.schedules.shape import Conv2dShape
+
+WARP = 32
+MAX_THREADS = 1024
+# Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
+MAX_CLUSTER = 16
+# Channels of a slice are a multiple of this, so that vectors of results do not cross slices.
+SLICE = 16
+
+
+# An int, or an array of them: the same formulas serve one kernel and many.
+Number = Any
+
+
+def ceil_div(a: Number, b: Number) -> Number:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: Number, b: Number) -> Number:
+    """The least multiple of ``b`` that is not below ``a``."""
+    return ceil_div(a, b) * b
+
+
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers, or of each two of arrays."""
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def smaller(a: Number, b: Number) -> Number:
+    """The smaller of two numbers, or of each two of arrays."""
+    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What multiplies: tensor cores (``mma``) or CUDA cores (``fma``).
+
+    A warp's lanes lie in a grid of 8 along the channels by ``pixels`` along the pixels for ``fma``;
+    for ``mma`` they lie as PTX's ``m16n8`` fragments want them.
+
+    Parameters
+    ----------
+    name : str
+        ``"mma"`` or ``"fma"``.
+    dtype : str
+        What is stored.
+    vector : int
+        Elements in 16 bytes.
+    chunks : int
+        Vectors of the depth that the lanes of a warp load side by side.
+    pixels : int
+        Pixels that they load side by side.
+    """
+
+    name: str
+    dtype: str
+    vector: int
+    chunks: int
+    pixels: int
+
+    @property
+    def depth(self) -> int:
+        """Input channels of a unit of depth."""
+        return self.vector * self.chunks
+
+    @property
+    def weight_lanes(self) -> int:
+        """Lanes that load different weights."""
+        return 8 * self.chunks
+
+    @property
+    def element_bytes(self) -> int:
+        """Size of an element."""
+        return 16 // self.vector
+
+    def pitch(self, channels: Number) -> Number:
+        """Words of shared memory from one pixel to the next, such that neighbours fall on different banks."""
+        size = channels * self.element_bytes
+        if self.name == "fma":
+            return (size + 16) // 4
+        # 64 bytes more than whole rows of banks: as many as the lanes of a pixel load together.
+        return (round_up(size - 64, 128) + 64) // 4
+
+
+UNITS = {
+    "fp32": Unit("fma", "float32", 4, 1, 4),
+    "tf32": Unit("mma", "float32", 4, 4, 8),
+    "fp16": Unit("mma", "float16", 8, 4, 8),
+    "bf16": Unit("mma", "bfloat16", 8, 4, 8),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the warps of a block share one stage.
+
+    A lane holds ``rows`` neighbouring channels of ``columns`` pixels (twice as many for ``mma``) in
+    registers; the depth is divided into ``splits`` parts, whose sums meet in shared memory.
+    """
+
+    rows: Number
+    columns: Number
+    splits: Number
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel; or many of the same stages at once, if the numbers that divide them are arrays.
+
+    Parameters
+    ----------
+    stages : tuple[Conv2dShape, ...]
+        Consecutive convolutions, at most one of which has a window.
+    tile_h, tile_w : int or array
+        Rows and columns of output that a block computes.
+    split : int or array
+        Blocks that share a tile.
+    warps : int or array
+        Warps of a block.
+    device : DeviceSpec
+        The GPU.
+    in_width, out_width : int
+        Channels of the input and output in memory, at least those of the stages.
+    """
+
+    stages: tuple[Conv2dShape, ...]
+    tile_h: Number
+    tile_w: Number
+    split: Number
+    warps: Number
+    device: DeviceSpec
+    in_width: int
+    out_width: int
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic and storage."""
+        return self.stages[0].precision
+
+    @property
+    def unit(self) -> Unit:
+        """What multiplies."""
+        return UNITS[self.precision]
+
+    @property
+    def last(self) -> int:
+        """The number of the last stage."""
+        return len(self.stages) - 1
+
+    @property
+    def threads(self) -> Number:
+        """Threads of a block."""
+        return WARP * self.warps
+
+    @functools.cached_property
+    def core_index(self) -> int:
+        """The stage whose output the tile is measured in: the one with a window, else the first."""
+        return next((i for i, stage in enumerate(self.stages) if not stage.is_pointwise), 0)
+
+    @property
+    def core(self) -> Conv2dShape:
+        """That stage."""
+        return self.stages[self.core_index]
+
+    @functools.cached_property
+    def halo(self) -> tuple[Number, Number]:
+        """Rows and columns of the core's input that a tile depends on."""
+        core = self.core
+        return (
+            (self.tile_h - 1) * core.stride[0] + (core.kernel[0] - 1) * core.dilation[0] + 1,
+            (self.tile_w - 1) * core.stride[1] + (core.kernel[1] - 1) * core.dilation[1] + 1,
+        )
+
+    @functools.cached_property
+    def tiles(self) -> tuple[Number, Number]:
+        """Tiles of an image, down and across."""
+        return ceil_div(self.core.out_height, self.tile_h), ceil_div(self.core.out_width, self.tile_w)
+
+    @property
+    def tile_count(self) -> Number:
+        """Tiles of the batch."""
+        return self.core.batch * self.tiles[0] * self.tiles[1]
+
+    @property
+    def is_cluster(self) -> Number:
+        """Whether blocks depend on each other."""
+        return (self.split > 1) & (len(self.stages) > 1)
+
+    @functools.cached_property
+    def is_staged(self) -> Number:
+        """Whether the input is first copied into shared memory, halo and padding included.
+
+        All its loads are then under way together.  A 1x1 whose input takes more than half of the
+        shared memory reads it from global memory instead.
+        """
+        words = self.halo[0] * self.halo[1] * self.pitch(0)
+        small = 4 * words <= self.device.smem_per_block_optin_bytes // 2
+        return small | self.is_windowed
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether the first stage reads each input several times, or padding."""
+        return self.core_index == 0 and (self.core.kernel != (1, 1) or any(self.core.padding))
+
+    def pixels(self, stage: int) -> Number:
+        """Positions of a stage's output that a block computes."""
+        return self.halo[0] * self.halo[1] if stage < self.core_index else self.tile_h * self.tile_w
+
+    def in_pixels(self, stage: int) -> Number:
+        """Positions of a stage's input that a block needs."""
+        return self.halo[0] * self.halo[1] if stage <= self.core_index else self.tile_h * self.tile_w
+
+    def in_channels(self, stage: int) -> int:
+        """Input channels of a stage, filled up to whole units of depth."""
+        return round_up(self.stages[stage].in_channels, self.unit.depth)
+
+    def depth_units(self, stage: int) -> int:
+        """Units of depth of a stage, all taps."""
+        taps = self.stages[stage].kernel[0] * self.stages[stage].kernel[1]
+        return taps * self.in_channels(stage) // self.unit.depth
+
+    def slice_channels(self, stage: int) -> Number:
+        """Output channels that a block computes; those behind the last channel are zero."""
+        needed = self.in_channels(stage + 1) if stage < self.last else self.out_width
+        return slice_channels(max(needed, self.stages[stage].out_channels), self.split)
+
+    def pitch(self, stage: int) -> Number:
+        """Words from one pixel of a stage's input in shared memory to the next."""
+        width: Number = self.in_channels(stage)
+        if stage:
+            width = larger(width, self.split * self.slice_channels(stage - 1))
+        return self.unit.pitch(width)
+
+    @functools.cached_property
+    def works(self) -> tuple[Work, ...]:
+        """How the warps share each stage."""
+        return tuple(
+            choose_work(self.pixels(i), self.slice_channels(i), self.depth_units(i), self.warps, self.unit)
+            for i in range(len(self.stages))
+        )
+
+    def tiles_of_work(self, stage: int) -> tuple[Number, Number]:
+        """Warp tiles of a stage: along the channels and along the pixels."""
+        work = self.works[stage]
+        return (
+            ceil_div(self.slice_channels(stage), 8 * work.rows),
+            ceil_div(self.pixels(stage), self.unit.pixels * work.columns),
+        )
+
+    def share(self, stage: int) -> Number:
+        """Units of depth of one part of the depth."""
+        return ceil_div(self.depth_units(stage), self.works[stage].splits)
+
+    def weight_vectors(self, stage: int) -> Number:
+        """Vectors of one slice's packed weights."""
+        work = self.works[stage]
+        return self.tiles_of_work(stage)[0] * self.share(stage) * work.splits * work.rows * self.unit.weight_lanes
+
+    def input_words(self, stage: int) -> Number:
+        """Shared memory of a stage's input; 0 where it is read from global memory."""
+        words = self.in_pixels(stage) * self.pitch(stage)
+        return words * self.is_staged if stage == 0 else words
+
+    def scratch_pitch(self, stage: int) -> Number:
+        """Words from one pixel of the exchanged sums to the next."""
+        return self.slice_channels(stage) + 4
+
+    @functools.cached_property
+    def scratch_words(self) -> Number:
+        """Shared memory in which the parts of a depth are added up."""
+        words: Number = 0
+        for i, work in enumerate(self.works):
+            words = larger(words, (work.splits > 1) * work.splits * self.pixels(i) * self.scratch_pitch(i))
+        return words
+
+    @functools.cached_property
+    def weights_shared(self) -> tuple[Number, ...]:
+        """Which stages' weights are copied to shared memory before they are needed: as many as fit, the core first."""
+        room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
+        order = sorted(range(len(self.stages)), key=lambda i: (i != self.core_index, i))
+        shared: list[Number] = [False] * len(self.stages)
+        for i in order:
+            shared[i] = self.weight_vectors(i) <= room
+            room = room - shared[i] * self.weight_vectors(i)
+        return tuple(shared)
+
+    @functools.cached_property
+    def fixed_words(self) -> Number:
+        """Shared memory without weights."""
+        return self.scratch_words + sum(self.input_words(i) for i in range(len(self.stages)))
+
+    @functools.cached_property
+    def smem_bytes(self) -> Number:
+        """Shared memory of a block."""
+        weights = sum(self.weight_vectors(i) * shared for i, shared in enumerate(self.weights_shared))
+        return 4 * self.fixed_words + 16 * weights
+
+    @functools.cached_property
+    def resident(self) -> Number:
+        """Blocks that a processor holds at the same time, registers guessed at 128 a thread."""
+        # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
+        by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (self.smem_bytes + 1024)
+        return larger(1, smaller(smaller(by_smem, 65536 // (128 * self.threads)), 16))
+
+    @functools.cached_property
+    def blocks(self) -> Number:
+        """Blocks of the launch: all that can be resident at most, each of which then computes several tiles."""
+        clusters = larger(1, self.resident * self.device.core_count // self.split)
+        return self.split * ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
+
+    @property
+    def rounds(self) -> Number:
+        """Tiles that a block computes one after the other."""
+        return ceil_div(self.tile_count, self.blocks // self.split)
+
+    @property
+    def fits(self) -> Number:
+        """Whether the kernel, or each of them, can run."""
+        device = self.device
+        least = smaller(smaller(self.tile_h, self.tile_w), smaller(self.split, self.warps))
+        fits = (least >= 1) & (self.threads <= MAX_THREADS) & (self.smem_bytes <= device.smem_per_block_optin_bytes)
+        most = MAX_CLUSTER if device.compute_capability >= 90 else 1
+        fits = fits & ((self.split <= most) | ~np.bool_(len(self.stages) > 1))
+        return fits & (device.compute_capability >= 80 or self.precision not in ("tf32", "bf16"))
+
+    def reject_reason(self) -> str:
+        """Why the kernel cannot run on the device; empty if it can."""
+        name, compute = self.device.name, self.device.compute_capability
+        if min(self.tile_h, self.tile_w, self.split, self.warps) < 1 or self.threads > MAX_THREADS:
+            return (
+                f"needs tiles of {self.tile_h}x{self.tile_w} in {self.split} slices and {self.threads} threads; "
+                f"at least 1 of each, and at most {MAX_THREADS} threads"
+            )
+        if self.is_cluster and compute < 90:
+            return f"needs clusters of {self.split} blocks; {name} is sm_{compute}, clusters begin with sm_90"
+        if self.is_cluster and self.split > MAX_CLUSTER:
+            return f"needs clusters of {self.split} blocks, {name} has at most {MAX_CLUSTER}"
+        if self.precision in ("tf32", "bf16") and compute < 80:
+            return f"needs {self.precision} tensor cores; {name} is sm_{compute}, they begin with sm_80"
+        if self.smem_bytes > self.device.smem_per_block_optin_bytes:
+            has = self.device.smem_per_block_optin_bytes / 1024
+            return f"needs {self.smem_bytes / 1024:.0f} KB of shared memory, {name} has {has:.0f} KB"
+        return ""
+
+
+@functools.cache
+def work_options(name: str) -> np.ndarray:
+    """Ways to share a stage, ``(rows, columns, splits)``, as columns of a table."""
+    options = [
+        (rows, columns, splits)
+        for splits in (1, 2, 4, 8, 16)
+        for rows in ((2, 4) if name == "fma" else (2, 4, 8))
+        for columns in (1, 2, 4, 8)
+        if rows * columns <= 32
+    ]
+    return np.array(options).T
+
+
+def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit) -> Work:
+    """The division of a stage that takes the least time, by a count of cycles; of equals the first.
+
+    Parameters
+    ----------
+    pixels, channels, units : int or array
+        Extents of the product; the depth in units.
+    warps : int or array
+        Warps of the block.
+    unit : Unit
+        What multiplies.
+    """
+    rows, columns, splits = options = work_options(unit.name)
+    extents = (np.asarray(value)[..., None] for value in (pixels, channels, warps))
+    pixels_, channels_, warps_ = extents
+    allowed = (warps_ % splits == 0) & ((splits == 1) | (2 * splits <= units))
+    allowed &= (rows == 2) | (4 * rows < channels_)
+    allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
+    busy, alone = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
+    best = np.where(allowed, np.maximum(busy, alone), np.inf).argmin(axis=-1)
+    chosen = options[:, best]
+    return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
+
+
+def stage_cycles(
+    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit
+) -> tuple[Number, Number]:
+    """What a stage costs a block: cycles of the processor's units, and cycles until its last warp is done."""
+    items = ceil_div(channels, 8 * work.rows) * ceil_div(pixels, unit.pixels * work.columns)
+    share = ceil_div(units, work.splits)
+    rounds = ceil_div(items, larger(1, warps // work.splits))
+    if unit.name == "mma":
+        products = work.rows // 2 * work.columns * 2
+        loads = 4 * (work.rows + work.columns)
+        issue = 8.0 * products
+        wait = larger(2 * 18.0, issue) + 30
+    else:
+        products = work.rows * work.columns * 4
+        loads = work.rows + 2 * work.columns
+        issue = 1.0 * products + work.rows + work.columns
+        wait = larger(4 * 4.0, issue) + 30
+    busy = items * work.splits * share * larger(loads, issue / 4)
+    alone = rounds * (share * wait + 20)
+    merge = (work.splits > 1) * (60 + 2 * work.splits * pixels * channels * 4 / 128)
+    return busy + merge, alone + merge
+
+
+def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
+    """Order a stage's weights as its warps load them.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(split, channel tiles, units of depth, rows, lanes, vector)``, zero where there is no weight.
+    """
+    conv, unit, work = part.stages[stage], part.unit, part.works[stage]
+    tiles, steps = part.tiles_of_work(stage)[0], part.share(stage) * work.splits
+    channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
+    slice_channels = part.slice_channels(stage)
+    matrix = np.zeros((part.split * slice_channels, taps, channels), np.float32)
+    # A kernel of the last part can have fewer channels than its neighbour handed on, which are zero.
+    matrix[: conv.out_channels, :, : conv.in_channels] = weights.kernel.reshape(
+        conv.out_channels, conv.in_channels, taps
+    ).transpose(0, 2, 1)
+    padded = np.zeros((part.split, tiles * 8 * work.rows, steps * unit.depth), np.float32)
+    padded[:, :slice_channels, : taps * channels] = matrix.reshape(part.split, slice_channels, -1)
+    # channel = (tile, row of 8 lanes, rows), depth = (unit, chunk, vector)
+    split = padded.reshape(part.split, tiles, 8, work.rows, steps, unit.chunks, unit.vector)
+    packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
+        part.split, tiles, steps, work.rows, unit.weight_lanes, unit.vector
+    )
+    if unit.name == "mma":
+        # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
+        # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
+        words = packed.reshape(part.split, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
+        packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
+    return round_to(part.precision, packed)
+
+
+def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
+    """Fill up a bias with zeros; FP32."""
+    padded = np.zeros(part.split * part.slice_channels(stage), np.float32)
+    padded[: bias.size] = bias
+    return padded
+
+
+def round_to(precision: str, array: np.ndarray) -> np.ndarray:
+    """An FP32 array as it is stored for a precision, contiguous: FP16, BF16, or FP32 rounded to what TF32 keeps."""
+    array = np.ascontiguousarray(array, np.float32)
+    if precision == "fp16":
+        return array.astype(np.float16)
+    if precision == "bf16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    if precision == "tf32":
+        # 13 of the 23 bits of the fraction are dropped; ties go away from zero, as PTX's cvt.rna does.
+        bits = array.view(np.uint32)
+        finite = np.isfinite(array)
+        return np.where(finite, (bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000), bits).view(np.float32)
+    return array
+
+
+def slice_channels(channels: int, split: Number) -> Number:
+    """Channels of each of ``split`` slices."""
+    return round_up(ceil_div(channels, split), SLICE)
+
+
+def splits(stages: tuple[Conv2dShape, ...], most: int) -> list[int]:
+    """Numbers of blocks to share a tile with: each that leaves a block markedly fewer weights than all lower ones."""
+    found: list[int] = []
+    least = float("inf")
+    for split in range(1, most + 1):
+        weights = sum(
+            slice_channels(stage.out_channels, split) * stage.weight_count / stage.out_channels for stage in stages
+        )
+        if weights < 0.85 * least:
+            found.append(split)
+            least = weights
+    return found
+
+
+def extents(limit: int) -> list[int]:
+    """Tile extents worth trying for an image extent: divisors and powers of two."""
+    divisors = {d for d in range(1, min(limit, 32) + 1) if limit % d == 0}
+    powers = {1 << i for i in range(6) if 1 << i < 2 * limit}
+    return sorted(divisors | powers)
+
+
+def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
+    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long."""
+    least = min(least, core.out_height * core.out_width)
+    found = []
+    for rows in extents(core.out_height):
+        for columns in extents(core.out_width):
+            if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
+                found.append((rows, columns))
+    return found or [(1, max(1, min(least, core.out_width)))]

@@ -1,0 +1,145 @@
+"""Fit the constants of the analytical model to what ``scripts/oracle.py`` measured::
+
+    python scripts/fit_model.py oracle.jsonl more.jsonl --write     # no GPU needed
+
+Prints how the picks of the stored, the fitted and the held-out constants compare with the best configuration
+measured; held out means that a layer had no part in the fit of the constants it is judged by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gpu_layers
+import numpy as np
+from scipy.optimize import least_squares
+
+from tdc_tvm.schedules.cuda import chain_conv, model
+from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.device import GPUS, DeviceSpec
+from tdc_tvm.schedules.kernel import KernelConfig
+
+
+@dataclass
+class Measured:
+    """What was measured of one layer, and the kernels behind it, many at once.
+
+    Parameters
+    ----------
+    text : str
+        The layer.
+    times_us : numpy.ndarray
+        Medians.
+    groups : list of (indices, parts)
+        Which of the times belong to configurations cut in the same places, and their kernels.
+    """
+
+    text: str
+    precision: str
+    times_us: np.ndarray
+    groups: list[tuple[np.ndarray, list[Part]]]
+
+    def predict(self, constants: model.Constants) -> np.ndarray:
+        """Latencies by the model, in microseconds."""
+        predicted = np.zeros_like(self.times_us)
+        for indices, parts in self.groups:
+            predicted[indices] = sum(model.latency_us(part, constants) for part in parts)
+        return predicted
+
+    def loss(self, constants: model.Constants) -> float:
+        """The pick's time over the best."""
+        return self.times_us[self.predict(constants).argmin()] / self.times_us.min()
+
+
+def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Measured]:
+    """Group records by layer."""
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if "warm" in record:
+            layers.setdefault(record["shape"]["text"], []).append(record)
+    found = []
+    for text, members in layers.items():
+        shape = gpu_layers.shape_of(members[0]["shape"])
+        stages = chain_conv.stages_of(shape)
+        by_cuts: dict[tuple[int, ...], list[int]] = {}
+        for index, record in enumerate(members):
+            config = KernelConfig(record["strategy"], tuple(record["config"].items()))
+            by_cuts.setdefault(chain_conv.cuts_of(config), []).append(index)
+        groups = []
+        for cuts, indices in by_cuts.items():
+            parts = []
+            for number, (begin, end) in enumerate(itertools.pairwise((0, *cuts, len(stages)))):
+                names = [f"{field}{number or ''}" for field in chain_conv.FIELDS]
+                values = np.array([[members[i]["config"][name] for i in indices] for name in names])
+                parts.append(chain_conv.make_part(stages[begin:end], values, device))
+            groups.append((np.array(indices), parts))
+        times = np.array([record["warm"]["ours"]["median_us"] for record in members])
+        found.append(Measured(text, stages[0].precision, times, groups))
+    return found
+
+
+def fit_constants(layers: list[Measured], start: model.Constants) -> model.Constants:
+    """The constants under which predictions are closest to what was measured, fast kernels counting more."""
+    names = model.names()
+
+    def residuals(logarithms: np.ndarray) -> np.ndarray:
+        constants = model.Constants(*np.exp(logarithms))
+        parts = []
+        for layer in layers:
+            # What is far from the best is never picked: it counts by how near it is.
+            weight = (layer.times_us.min() / layer.times_us) ** 1.5
+            parts.append(weight * np.log(layer.predict(constants) / layer.times_us) / np.sqrt(len(weight)))
+        # Constants that the data do not tell stay where they are.
+        return np.concatenate([*parts, 0.01 * (logarithms - origin)])
+
+    origin = np.log([getattr(start, name) for name in names])
+    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1)
+    return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
+
+
+def fit(records: list[dict[str, Any]], device: DeviceSpec) -> dict[str, model.Constants]:
+    """Fit the constants of each precision, and print how they do on layers that were held out."""
+    constants = {}
+    for precision in dict.fromkeys(layer.precision for layer in read_measured(records, device)):
+        layers = [layer for layer in read_measured(records, device) if layer.precision == precision]
+        start = model.constants()[precision]
+        fitted = fit_constants(layers, start)
+        losses, held_out = [layer.loss(fitted) for layer in layers], []
+        # Five folds, each a set of whole layers.
+        for fold in range(min(5, len(layers))):
+            rest = [layer for i, layer in enumerate(layers) if i % 5 != fold]
+            refitted = fit_constants(rest, fitted) if rest else fitted
+            held_out += [(layer.loss(refitted), layer.text) for i, layer in enumerate(layers) if i % 5 == fold]
+        before = [layer.loss(start) for layer in layers]
+        for name, values in (("stored", before), ("fitted", losses), ("held out", [loss for loss, _ in held_out])):
+            print(f"{precision} {name}: pick/best {gpu_layers.geometric_mean(values):.3f}, worst {max(values):.3f}")
+        for loss, text in sorted(held_out, reverse=True)[:5]:
+            print(f"    {loss:.3f}  {text}")
+        constants[precision] = fitted
+    return constants
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--gpu", default="H100", choices=GPUS, help="what they were measured on")
+    parser.add_argument("--write", action="store_true", help="store the constants in the package's source")
+    arguments = parser.parse_args()
+    records = [record for path in arguments.results for record in gpu_layers.read_records(path)]
+    fitted = fit(records, GPUS[arguments.gpu])
+    values = {name: asdict(one) for name, one in (model.constants() | fitted).items()}
+    print(json.dumps({name: values[name] for name in fitted}, indent=1))
+    if arguments.write:
+        model.DATA.write_text(json.dumps(values, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
