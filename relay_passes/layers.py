@@ -33,6 +33,8 @@ class LayerReport:
         The schedule and its parameters.
     predicted_latency_us : float or None
         By the analytical model, in microseconds.
+    predicted_parts_us : dict of str to float, or None
+        What the prediction is the sum of: launch, transfers, stages, synchronisation.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerReport:
     strategy: str = ""
     config: str = ""
     predicted_latency_us: float | None = None
+    predicted_parts_us: dict[str, float] | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data."""

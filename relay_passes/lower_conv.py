@@ -13,7 +13,7 @@ from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
 from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -81,7 +81,7 @@ class _Lowerer(relax.PyExprMutator):
         self.mod = mod
         self.device = device
         self.layers: list[LayerReport] = []
-        self.choices: dict[ConvShape, tuple[KernelConfig, float]] = {}
+        self.choices: dict[ConvShape, tuple[KernelConfig, Estimate]] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -91,11 +91,10 @@ class _Lowerer(relax.PyExprMutator):
         op = read_conv(function)
         schedules = backend(self.device)
         if op.shape not in self.choices:
-            config, estimate = schedules.choose(op.shape, self.device)
-            self.choices[op.shape] = config, estimate.latency_us
-        config, latency_us = self.choices[op.shape]
+            self.choices[op.shape] = schedules.choose(op.shape, self.device)
+        config, estimate = self.choices[op.shape]
         kernel = schedules.make_kernel(op.shape, op.epilogue, op.weights, config, self.device, op.name)
-        self.layers.append(_report(op, config, latency_us))
+        self.layers.append(_report(op, config, estimate))
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         operands = (call.args[i] for i in op.inputs)
         x, *residual = (self._permuted(arg, _TO_NHWC) if op.data_layout == "NCHW" else arg for arg in operands)
@@ -112,12 +111,17 @@ class _Lowerer(relax.PyExprMutator):
         return self.builder_.emit(relax.op.permute_dims(self.builder_.normalize(value), axes))
 
 
-def _report(op: ConvOp, config: KernelConfig, latency_us: float) -> LayerReport:
-    if isinstance(op.shape, TuckerConvShape):
-        ranks = (op.shape.rank_out, op.shape.rank_in)
-        return LayerReport(
-            op.name, "tucker_conv", str(op.shape.dense), ranks, True, "", config.strategy, str(config), latency_us
-        )
+def _report(op: ConvOp, config: KernelConfig, estimate: Estimate) -> LayerReport:
+    is_tucker = isinstance(op.shape, TuckerConvShape)
     return LayerReport(
-        op.name, "conv2d", str(op.shape), None, False, "not a Tucker layer", config.strategy, str(config), latency_us
+        op.name,
+        "tucker_conv" if is_tucker else "conv2d",
+        str(op.shape.dense if is_tucker else op.shape),
+        (op.shape.rank_out, op.shape.rank_in) if is_tucker else None,
+        is_tucker,
+        "" if is_tucker else "not a Tucker layer",
+        config.strategy,
+        str(config),
+        estimate.latency_us,
+        dict(estimate.parts_us),
     )

@@ -92,6 +92,15 @@ class BuildReport:
         """The Tucker layers that are not one operator."""
         return tuple(layer for layer in self.layers if layer.kind == "tucker_conv" and not layer.fused)
 
+    def predictions(self) -> Text:
+        """What the model's prediction of each layer is the sum of, a line for each."""
+        lines = ["prediction of the analytical model, us:"]
+        for layer in self.layers:
+            if layer.predicted_parts_us:
+                parts = " + ".join(f"{name} {us:.2f}" for name, us in layer.predicted_parts_us.items())
+                lines.append(f"  {layer.name}: {parts} = {layer.predicted_latency_us:.2f}")
+        return Text("\n".join(lines))
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
         table = Table(title=f"{count} on {self.device}, {self.precision}", title_justify="left")

@@ -80,7 +80,8 @@ class Chain:
         self.part, self.epilogue, self.buffers = part, epilogue, buffers
         self.unit = part.unit
         self.last = part.last
-        places, at = [], 0
+        # The mailboxes come first.
+        places, at = [], part.mailbox_words
         for stage in range(len(part.stages)):
             places.append(at)
             at += part.input_words(stage)
@@ -106,13 +107,17 @@ class Chain:
         self.rank, self.thread = rank, thread
         self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
         # Weights do not depend on the kernel before this one: what is needed later is under way before its end.
-        early = [0] if part.is_windowed else range(len(part.stages))
-        late = range(1, len(part.stages)) if part.is_windowed else []
+        windowed = part.is_staged and part.is_windowed
+        early = [0] if windowed else range(len(part.stages))
+        late = range(1, len(part.stages)) if windowed else []
         for stage in early:
             self.copy_weights(stage)
             run("tdc_commit")
         run("tdc_launch_dependents")
         if part.is_cluster:
+            with T.If(thread == 0), T.Then():
+                for stage in range(self.last):
+                    run("tdc_mailbox_open", self.place(2 * stage))
             run("tdc_cluster_arrive")
         run("tdc_wait_for_dependencies")
         groups = part.blocks // part.split
@@ -126,6 +131,10 @@ class Chain:
             core = part.core
             self.in_y0 = T.Bind(self.out_y0 * core.stride[0] - core.padding[0])
             self.in_x0 = T.Bind(self.out_x0 * core.stride[1] - core.padding[1])
+            if part.is_cluster:
+                with T.If(thread == 0), T.Then():
+                    for stage in range(self.last):
+                        run("tdc_mailbox_expect", self.place(2 * stage), part.sent_bytes(stage))
             if part.is_staged:
                 self.copy_input()
                 run("tdc_commit")
@@ -136,32 +145,17 @@ class Chain:
             for stage in range(len(part.stages)):
                 # Groups of copies that were begun after this stage's: the weights of later ones.
                 run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
-                if stage or part.rounds == 1:
-                    self.synchronize(stage)
-                else:
-                    self.synchronize_first(turn)
+                barrier()
+                if part.is_cluster and stage == 0:
+                    # Blocks of the cluster must have begun, and opened their mailboxes, before they are sent to.
+                    when(turn == 0 if part.rounds > 1 else None, lambda: run("tdc_cluster_wait"))
+                elif part.is_cluster:
+                    run("tdc_mailbox_wait", self.place(2 * (stage - 1)), turn % 2)
                 self.stage(stage)
             if part.rounds > 1:
-                self.synchronize(1)
-
-    def synchronize(self, stage: int) -> None:
-        """Wait for all that computes, or copies, a stage's input."""
-        if not self.part.is_cluster:
-            barrier()
-        elif stage == 0:
-            # Blocks of the cluster must have begun before they are written to.
-            run("tdc_cluster_wait")
-            barrier()
-        else:
-            run("tdc_cluster_arrive")
-            run("tdc_cluster_wait")
-
-    def synchronize_first(self, turn: ir.Expr) -> None:
-        """The same for the first stage, where only the first turn waits for the cluster to begin."""
-        if self.part.is_cluster:
-            with T.If(turn == 0), T.Then():
-                run("tdc_cluster_wait")
-        barrier()
+                # Shared memory is written again.  A block that others are still to read from or to send to
+                # cannot be overtaken: each stage needs what all blocks of the cluster send.
+                barrier()
 
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights into shared memory."""
@@ -233,6 +227,8 @@ class Chain:
         acc = local(work.rows * work.columns * (2 if unit.name == "mma" else 1))
         # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
         starts = local(work.columns, "int32")
+        # Their rows and columns, where the padding is not there to be read.
+        rows, columns = local(work.columns, "int32"), local(work.columns, "int32")
         split = T.Bind(self.warp // groups)
         with T.serial(rounds) as i:
             item = T.Bind(i * groups + self.warp % groups)
@@ -246,7 +242,11 @@ class Chain:
                     pixel = (pixel_tile * work.columns + j) * unit.pixels + self.pixel_lane()
                     pixel = tirx.min(pixel, part.pixels(stage) - 1)
                     T.buffer_store(starts, self.start(stage, pixel), [j])
-                self.multiply(stage, acc, starts, split, channel_tile)
+                    if self.reads_padding(stage):
+                        y, x = self.position(stage, pixel)
+                        T.buffer_store(rows, self.in_y0 + y, [j])
+                        T.buffer_store(columns, self.in_x0 + x, [j])
+                self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
                 if work.splits == 1:
                     self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: self.finish(stage, *at))
                 else:
@@ -283,17 +283,24 @@ class Chain:
         if part.input_words(stage):
             width = part.halo[1] if stage <= part.core_index else part.tile_w
             return (self.input_at[stage] + (y * width + x) * part.pitch(stage)) // 4 + self.chunk_lane()
-        # Pixels outside of the image take any value within it; they are not stored, or stored as zeros.
         conv = part.stages[0]
-        y = tirx.max(tirx.min(self.in_y0 + y, conv.height - 1), 0)
-        x = tirx.max(tirx.min(self.in_x0 + x, conv.width - 1), 0)
+        y, x = self.in_y0 + y, self.in_x0 + x
+        if not self.reads_padding(stage):
+            # Pixels outside of the image take any value within it; they are not stored, or stored as zeros.
+            y = tirx.max(tirx.min(y, conv.height - 1), 0)
+            x = tirx.max(tirx.min(x, conv.width - 1), 0)
         image = self.image if self.has_tile is True else tirx.min(self.image, conv.batch - 1)
         return self.offset(image, y, x) + self.chunk_lane() * self.unit.vector
 
+    def reads_padding(self, stage: int) -> bool:
+        """Whether a stage reads a window of the input from global memory."""
+        return stage == 0 and self.part.is_windowed and not self.part.is_staged
+
     def multiply(
-        self, stage: int, acc: tirx.Buffer, starts: tirx.Buffer, split: ir.Expr, channel_tile: ir.Expr
+        self, stage: int, acc: tirx.Buffer, places: Sequence[tirx.Buffer], split: ir.Expr, channel_tile: ir.Expr
     ) -> None:
         """Add one part of the depth to the sums of one warp tile."""
+        starts, rows, columns = places
         part, unit, work = self.part, self.unit, self.part.works[stage]
         conv, share = part.stages[stage], part.share(stage)
         units, steps = part.depth_units(stage), share * work.splits
@@ -314,28 +321,35 @@ class Chain:
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
             # Behind the end the weights are zero, and the pixels those of the last step.
             step = tirx.min(step, units - 1) if steps > units else step
+            tap = step // per_tap
+            y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
             with unrolled(work.columns) as j:
                 if part.input_words(stage):
                     at = step * unit.chunks
                     if conv.kernel != (1, 1):
-                        tap = step // per_tap
-                        y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
                         at = step % per_tap * unit.chunks + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
                     T.buffer_store(b, self.shared[ramp((starts[j] + at) * 4, 4)], [ramp(j * 4, 4)])
+                elif self.reads_padding(stage):
+                    row, column = rows[j] + y, columns[j] + x
+                    inside = tirx.all(row >= 0, row < conv.height, column >= 0, column < conv.width)
+                    start = starts[j] + (y * conv.width + x) * part.in_width
+                    self.load_input(b, j, start, step % per_tap * unit.depth, inside)
                 else:
-                    self.load_input(b, j, starts[j], step * unit.depth)
+                    self.load_input(b, j, starts[j], step * unit.depth, tirx.const(True, "bool"))
             self.multiply_unit(work.rows, work.columns, acc, a, b)
 
-    def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr) -> None:
-        """Read one vector of the input from global memory."""
+    def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr, inside: ir.Expr) -> None:
+        """Read one vector of the input from global memory, zeros if it is not inside."""
         part, unit = self.part, self.unit
         channel = depth + self.chunk_lane() * unit.vector
-        inside = channel < part.in_width if part.in_width < part.in_channels(0) else tirx.const(True, "bool")
+        if part.in_width < part.in_channels(0):
+            inside = tirx.all(inside, channel < part.in_width)
         from_ = address(self.buffers.x, 0, 0, 0, start + depth)
         if part.in_width % unit.vector == 0:
             run("tdc_load", address(b, j * 4), from_, inside)
         else:
-            run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, part.in_width - channel)
+            count = tirx.if_then_else(inside, part.in_width - channel, 0)
+            run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, count)
 
     def multiply_unit(self, rows: int, columns: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer) -> None:
         """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[column, k]``."""
@@ -432,8 +446,8 @@ class Chain:
             width = min(4, count - start)
             if part.is_cluster:
                 with unrolled(part.split) as peer:
-                    to = self.place(at + start)
-                    run(f"tdc_cluster_store{width}", to, peer, address(words, start))
+                    box = self.place(2 * stage)
+                    run(f"tdc_send{width}", self.place(at + start), box, peer, address(words, start))
             else:
                 run(f"tdc_move{width}", self.place(at + start), address(words, start))
 

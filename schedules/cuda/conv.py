@@ -117,10 +117,7 @@ def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Esti
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.estimate(shape, config, device)
-    parts = [model.estimate(part) for part in parts_of(shape, config, device)]
-    if len(parts) == 1:
-        return parts[0]
-    return Estimate({f"{name}.{i}": us for i, part in enumerate(parts) for name, us in part.parts_us.items()})
+    return model.estimate(parts_of(shape, config, device))
 
 
 def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate]:
@@ -129,7 +126,7 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     Raises
     ------
     TdcError
-        If no configuration can run.
+        If no configuration can run: on a GPU without the tensor cores that the precision needs.
     """
     if isinstance(shape, Conv2dShape) and shape.groups > 1:
         options = [(c, direct.estimate(shape, c, device).latency_us) for c in direct.candidates(shape, device)]
@@ -137,9 +134,8 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
         options = _estimates(shape, device)
     if not options:
         raise TdcError(
-            f"no CUDA schedule for {shape}: even the smallest tile needs more than the "
-            f"{device.smem_per_block_optin_bytes // 1024} KB of shared memory of {device.name}; "
-            "lower the channels or ranks"
+            f"no CUDA schedule for {shape} on {device.name} ({device.arch}): tf32 and bf16 need sm_80 or newer; "
+            "use fp32 or fp16"
         )
     config, _ = min(options, key=lambda pair: (pair[1], pair[0]))
     return config, estimate(shape, config, device)

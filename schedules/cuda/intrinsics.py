@@ -107,17 +107,51 @@ _BODIES = {
 }}"""
         for count, c_type in ((1, "float"), (2, "float2"), (4, "float4"))
     },
-    # To the same place in the shared memory of another block of the cluster.
+    # Hand-over between the blocks of a cluster: stores that count their bytes at a barrier beside the data,
+    # so that nobody waits for more than the data it needs.
+    "tdc_mailbox_open": """void tdc_mailbox_open(float* box) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}""",
+    "tdc_mailbox_expect": """void tdc_mailbox_expect(float* box, int bytes) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");
+}""",
+    "tdc_mailbox_wait": """void tdc_mailbox_wait(float* box, int parity) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+  asm volatile(
+      "{\\n .reg .pred done;\\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
+      "@!done bra again;\\n}" :: "r"(address), "r"(parity) : "memory");
+}""",
     **{
-        f"tdc_cluster_store{count}": f"""void tdc_cluster_store{count}(float* to, int rank, const float* words) {{
-  unsigned address = (unsigned)__cvta_generic_to_shared(to), remote;
+        f"tdc_send{count}": f"""void tdc_send{count}(float* to, float* box, int rank, const float* words) {{
+  unsigned address = (unsigned)__cvta_generic_to_shared(to), barrier = (unsigned)__cvta_generic_to_shared(box);
+  unsigned remote, remote_box;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster{form}.f32 [%0], {places};" :: "r"(remote), {values} : "memory");
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(barrier), "r"(rank));
+  const unsigned* data = (const unsigned*)words;
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes{form}.b32 [%0], {places}, [%1];"
+      :: "r"(remote), "r"(remote_box), {values} : "memory");
 }}"""
         for count, form in ((1, ""), (2, ".v2"), (4, ".v4"))
-        for places in ("%1" if count == 1 else "{" + ", ".join(f"%{i + 1}" for i in range(count)) + "}",)
-        for values in (", ".join(f'"f"(words[{i}])' for i in range(count)),)
+        for places in ("%2" if count == 1 else "{" + ", ".join(f"%{i + 2}" for i in range(count)) + "}",)
+        for values in (", ".join(f'"r"(data[{i}])' for i in range(count)),)
     },
+    # For a cooperative launch: the word's highest bit flips each time that all blocks have come.
+    "tdc_grid_barrier": """void tdc_grid_barrier(float* word, int blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned* arrived = (unsigned*)word;
+    unsigned add = blockIdx.x == 0 ? 0x80000000u - (blocks - 1) : 1u;
+    __threadfence();
+    unsigned before = atomicAdd(arrived, add);
+    while (((before ^ *(volatile unsigned*)arrived) & 0x80000000u) == 0) {}
+    __threadfence();
+  }
+  __syncthreads();
+}""",
     "tdc_launch_dependents": """void tdc_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -139,6 +140,13 @@ def latency_us(part: Part, given: Constants | None = None) -> Number:
     return sum(estimate_part(part, given).values())
 
 
-def estimate(part: Part) -> Estimate:
-    """Predict one kernel."""
-    return Estimate({name: float(value) for name, value in estimate_part(part).items()})
+def estimate(parts: Sequence[Part]) -> Estimate:
+    """Predict kernels that follow each other; what they have in common is added up."""
+    count = sum(len(part.stages) for part in parts)
+    stages = iter(("reduce", "core", "expand") if count > 1 else ("core",))
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in estimate_part(part).items():
+            name = next(stages) if name.startswith("stage") else name
+            total[name] = total.get(name, 0.0) + float(value)
+    return Estimate(total)

@@ -214,12 +214,12 @@ class Part:
     def is_staged(self) -> Number:
         """Whether the input is first copied into shared memory, halo and padding included.
 
-        All its loads are then under way together.  A 1x1 whose input takes more than half of the
-        shared memory reads it from global memory instead.
+        All its loads are then under way together.  An input that takes more than half of the shared
+        memory, or three quarters if it is read several times, is read from global memory instead.
         """
         words = self.halo[0] * self.halo[1] * self.pitch(0)
-        small = 4 * words <= self.device.smem_per_block_optin_bytes // 2
-        return small | self.is_windowed
+        quarters = 3 if self.is_windowed else 2
+        return 4 * words <= self.device.smem_per_block_optin_bytes * quarters // 4
 
     @property
     def is_windowed(self) -> bool:
@@ -308,10 +308,19 @@ class Part:
             room = room - shared[i] * self.weight_vectors(i)
         return tuple(shared)
 
+    @property
+    def mailbox_words(self) -> Number:
+        """Shared memory that counts what other blocks of a cluster have sent: two words for each hand-over."""
+        return self.is_cluster * 4
+
+    def sent_bytes(self, stage: int) -> Number:
+        """What a block of a cluster is sent of a stage's output, its own part included."""
+        return self.pixels(stage) * self.split * self.slice_channels(stage) * self.unit.element_bytes
+
     @functools.cached_property
     def fixed_words(self) -> Number:
         """Shared memory without weights."""
-        return self.scratch_words + sum(self.input_words(i) for i in range(len(self.stages)))
+        return self.mailbox_words + self.scratch_words + sum(self.input_words(i) for i in range(len(self.stages)))
 
     @functools.cached_property
     def smem_bytes(self) -> Number:

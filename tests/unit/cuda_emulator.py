@@ -172,10 +172,31 @@ static void tdc_cluster_arrive() {
 static void tdc_cluster_wait() {
   while (cluster_phase == self->phase) wait_as(AT_CLUSTER);
 }
-static float* peer(float* place, int rank) { return shared_of(rank) + (place - shared_of(self->block)); }
-static void tdc_cluster_store1(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 4); }
-static void tdc_cluster_store2(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 8); }
-static void tdc_cluster_store4(float* to, int rank, const float* words) { memcpy(peer(to, rank), words, 16); }
+struct Mailbox { int waiting, phase; };  // bytes that are missing; negative if they came before they were expected
+static Mailbox& mailbox(float* box, int rank) { return *(Mailbox*)(shared_of(rank) + (box - shared_of(self->block))); }
+static void tdc_mailbox_open(float* box) { mailbox(box, self->block) = {0, 0}; }
+static void tdc_mailbox_expect(float* box, int bytes) {
+  Mailbox& mine = mailbox(box, self->block);
+  mine.waiting += bytes;
+  mine.phase += 1;
+  ++progress;
+}
+static void tdc_mailbox_wait(float* box, int parity) {
+  // The phase that began with the latest expectation is over when nothing is missing.
+  while (true) {
+    Mailbox& mine = mailbox(box, self->block);
+    if (mine.phase > 0 && (mine.phase - 1) % 2 == parity && mine.waiting <= 0) return;
+    wait_as(AT_CLUSTER);
+  }
+}
+static void send(float* to, float* box, int rank, const float* words, int count) {
+  memcpy(shared_of(rank) + (to - shared_of(self->block)), words, 4 * count);
+  mailbox(box, rank).waiting -= 4 * count;
+  ++progress;
+}
+static void tdc_send1(float* to, float* box, int rank, const float* words) { send(to, box, rank, words, 1); }
+static void tdc_send2(float* to, float* box, int rank, const float* words) { send(to, box, rank, words, 2); }
+static void tdc_send4(float* to, float* box, int rank, const float* words) { send(to, box, rank, words, 4); }
 
 static int run_cluster(int first_block, int blocks) {
   std::fill(shared_memory.begin(), shared_memory.end(), std::numeric_limits<float>::quiet_NaN());

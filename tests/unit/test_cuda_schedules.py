@@ -160,7 +160,7 @@ def test_blocks_can_compute_several_tiles(tmp_path):
 
 
 def test_weights_that_do_not_fit_into_shared_memory_are_read_from_global_memory(tmp_path):
-    tight = replace(H100, smem_per_block_optin_bytes=12 * 1024)
+    tight = replace(H100, smem_per_block_optin_bytes=24 * 1024)
     runs = []
     for precision in ("fp32", "fp16"):
         dense = Conv2dShape(1, 6, 6, 64, 64, (3, 3), padding=SAME, precision=precision)
@@ -169,6 +169,26 @@ def test_weights_that_do_not_fit_into_shared_memory_are_read_from_global_memory(
     parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
     assert all(not all(part.weights_shared) for part in parts)
     assert not emulate(tmp_path, runs)
+
+
+def test_an_input_that_does_not_fit_into_shared_memory_is_read_from_global_memory(tmp_path):
+    tight = replace(H100, smem_per_block_optin_bytes=8 * 1024)
+    runs = []
+    for precision in ("fp32", "fp16"):
+        for channels in (64, 67):
+            dense = Conv2dShape(2, 6, 5, channels, 24, (3, 3), (1, 2), (2, 1, 0, 1), (1, 2), precision=precision)
+            runs.append((gpu_check.Case(dense, Epilogue(True, 0.0), (True,)), config_of("conv", (4, 2, 1, 2)), tight))
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    assert not any(part.is_staged for part in parts)
+    assert not emulate(tmp_path, runs)
+
+
+def test_there_is_always_a_way():
+    """However large the ranks: three kernels need next to no shared memory."""
+    for precision in DTYPES:
+        dense = Conv2dShape(1, 12, 12, 16, 16, (7, 7), padding=(3, 3, 3, 3), precision=precision)
+        config, _ = conv.choose(TuckerConvShape(dense, 20_000, 20_000), H100)
+        assert config.strategy == "three"
 
 
 @pytest.mark.parametrize("shape", RESNET[1:], ids=str)
@@ -252,12 +272,6 @@ def test_what_cannot_run_is_rejected_with_numbers(config, device, precision, rea
 
 def test_wrong_strategy_is_rejected():
     assert "expected 'conv'" in conv.reject_reason(RESNET[0], KernelConfig("tile"), H100)
-
-
-def test_ranks_beyond_shared_memory_are_an_error_of_the_user():
-    shape = TuckerConvShape(Conv2dShape(1, 2, 2, 4, 4, (3, 3), padding=SAME), 4, 1_000_000)
-    with pytest.raises(TdcError, match="lower the channels or ranks"):
-        conv.choose(shape, H100)
 
 
 @needs_compiler

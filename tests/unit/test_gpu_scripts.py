@@ -1,0 +1,107 @@
+"""What the GPU benchmarks do without a GPU: packing, sampling, supervising, fitting."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdc_tvm.schedules.cuda import conv, model
+from tdc_tvm.schedules.device import GPUS
+from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import bench_layers
+import fit_model
+import gpu_layers
+import oracle
+
+H100 = GPUS["H100"]
+DENSE = Conv2dShape(1, 14, 14, 40, 24, (3, 3), (2, 2), (1, 1, 1, 1))
+TUCKER = TuckerConvShape(DENSE, 24, 16)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("shape", [DENSE, TUCKER], ids=["conv", "tucker"])
+def test_weights_are_packed_alike_on_both_machines(shape, precision):
+    shape = bench_layers.with_precision(shape, precision)
+    layer = json.loads(json.dumps(gpu_layers.describe(shape, ["group"])))
+    assert gpu_layers.shape_of(layer) == shape
+    config, _ = conv.choose(shape, H100)
+    packed = []
+
+    def pack(weights):
+        packed.append(conv.make_kernel(shape, Epilogue(), weights, config, H100, "conv").constants)
+        return packed[-1]
+
+    positions = gpu_layers.find_packing(pack, layer)
+    values = gpu_layers.flatten(gpu_layers.make_weights(layer))
+    for expected, position in zip(packed[0], positions, strict=True):
+        assert position.dtype == np.int32
+        restored = gpu_layers.restore_constant(gpu_layers.store_constant(position), values)
+        np.testing.assert_array_equal(restored.astype(expected.dtype), expected)
+
+
+def test_a_sample_holds_the_pick_and_is_always_the_same():
+    pick, _ = conv.choose(TUCKER, H100)
+    chosen = oracle.sample(TUCKER, H100, 20, 0)
+    assert chosen == oracle.sample(TUCKER, H100, 20, 0)
+    assert chosen != oracle.sample(TUCKER, H100, 20, 1)
+    assert [config for config, is_pick in chosen if is_pick] == [pick]
+    assert len({config for config, _ in chosen}) == 20
+    everything = oracle.sample(TUCKER, H100, 0, 0)
+    assert {config for config, _ in everything} == set(conv.candidates(TUCKER, H100))
+
+
+def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_path):
+    layer = gpu_layers.describe(DENSE, ["group"])
+    kernels = [{"name": name, "layer": "layer0", "library": "", "constants": [], "between": []} for name in "abcd"]
+    output = tmp_path / "results.jsonl"
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "output = pathlib.Path(sys.argv[1])\n"
+        "done = output.read_text() if output.exists() else ''\n"
+        "for name in 'abcd':\n"
+        "    if f'\"{name}\"' in done: continue\n"
+        "    if name == 'b': os._exit(9)\n"
+        "    if name == 'c': time.sleep(60)\n"
+        "    with output.open('a') as file: file.write(json.dumps({'name': name}) + '\\n')\n"
+    )
+    manifest = {"layers": {"layer0": layer}, "kernels": kernels}
+    left = gpu_layers.supervise([sys.executable, str(worker), str(output)], manifest, list("abcd"), output, 60, 1.5)
+    records = {record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)}
+    assert left == 0
+    assert records == {"a": "", "b": "the process ended with status 9", "c": "no result in 1.5 s", "d": ""}
+
+
+def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
+    """Measurements made by the model itself, with other constants."""
+    stored = model.constants()["fp16"]
+    true = replace(stored, launch_us=2 * stored.launch_us, wait_cycles=3 * stored.wait_cycles, cluster_cycles=1500.0)
+    records = []
+    for extent, channels in ((28, 64), (14, 128), (7, 256)):
+        dense = Conv2dShape(1, extent, extent, channels, channels, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
+        shape = TuckerConvShape(dense, channels // 2, channels // 4)
+        layer = gpu_layers.describe(shape, ["group"])
+        for config, is_pick in oracle.sample(shape, H100, 60, 0):
+            parts = conv.parts_of(shape, config, H100)
+            time_us = float(sum(model.latency_us(part, true) for part in parts))
+            records.append(
+                {
+                    "name": "k",
+                    "strategy": config.strategy,
+                    "config": dict(config.parameters),
+                    "is_pick": is_pick,
+                    "shape": layer,
+                    "warm": {"ours": {"median_us": time_us}},
+                }
+            )
+    layers = fit_model.read_measured(records, H100)
+    fitted = fit_model.fit_constants(layers, stored)
+    for layer in layers:
+        np.testing.assert_allclose(layer.predict(true), layer.times_us)
+        assert layer.loss(fitted) < 1.02
+        np.testing.assert_allclose(layer.predict(fitted), layer.times_us, rtol=0.1)
