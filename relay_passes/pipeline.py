@@ -12,6 +12,7 @@ from tvm.target import Target
 from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
+from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.schedules.device import DeviceSpec
 
@@ -90,6 +91,7 @@ def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
         schedule = [ScheduleGenericCpu()]
     return [
         *pipeline.library_dispatch_passes(target),
+        relax.transform.LegalizeOps(KEEP_NAN),
         *pipeline.legalize_passes(target),
         *schedule,
         *pipeline.dataflow_lower_passes(target),

@@ -205,10 +205,13 @@ class Sink:
         index = self.base + offset
         if self.residual is not None:
             value = value + load(self.residual, index, lanes)
+        # Comparisons, unlike max and min, let NaN pass.
         if self.epilogue.clip_min is not None:
-            value = tirx.max(value, splat(float(self.epilogue.clip_min), lanes))
+            low, value = splat(float(self.epilogue.clip_min), lanes), T.bind(value)
+            value = tirx.Select(value < low, low, value)
         if self.epilogue.clip_max is not None:
-            value = tirx.min(value, splat(float(self.epilogue.clip_max), lanes))
+            high, value = splat(float(self.epilogue.clip_max), lanes), T.bind(value)
+            value = tirx.Select(value > high, high, value)
         store(self.buffer, index, value, lanes)
 
     def put_part(self, offset: Index, value: Any, lanes: int, count: int) -> None:

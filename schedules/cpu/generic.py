@@ -122,10 +122,21 @@ def _is_injective(sch: s_tir.Schedule, block: Any) -> bool:
 def _moves_data(value: Any) -> bool:
     """Whether an expression only selects among elements and constants."""
     if isinstance(value, tirx.Select):
+        # A condition on elements, as in a ReLU, is arithmetic.
+        if _reads_elements(value.condition):
+            return False
         return _moves_data(value.true_value) and _moves_data(value.false_value)
     if isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "").endswith(".if_then_else"):
         return all(_moves_data(argument) for argument in value.args[1:])
     return isinstance(value, tvm.ir.TensorLoad | tirx.FloatImm | tirx.IntImm)
+
+
+def _reads_elements(expression: Any) -> bool:
+    found = []
+    tirx.stmt_functor.post_order_visit(
+        expression, lambda node: found.append(node) if isinstance(node, tvm.ir.TensorLoad) else None
+    )
+    return bool(found)
 
 
 def _inline(sch: s_tir.Schedule) -> list[Any]:

@@ -153,6 +153,38 @@ def test_clips_of_every_opset(make):
     assert summary(build_and_compare(make())) == fused("t")
 
 
+ACTIVATIONS = {
+    "relu": lambda b, y: b.node("Relu", y),
+    "clip": lambda b, y: b.node("Clip", y, constant(b, 0.1), constant(b, 0.5)),
+    "upper bound": lambda b, y: b.node("Clip", y, "", constant(b, 0.5)),
+    "bounds in front": lambda b, y: b.node("Min", constant(b, 0.5), b.node("Max", constant(b, 0.1), y)),
+    "bounds by channel": lambda b, y: b.node("Max", b.random((8, 1, 1)), b.node("Min", y, b.random((8, 1, 1)))),
+    "larger of two": lambda b, y: b.node("Max", b.input("z", X), b.node("Neg", y)),
+    "relu before a pooling": lambda b, y: b.node("AveragePool", b.node("Relu", y), kernel_shape=[2, 2]),
+}
+
+
+@pytest.mark.parametrize("layer", [None, "conv", "tucker"])
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_nan_passes_through(layer, activation):
+    b, x = builder()
+    y = {
+        None: lambda: x,
+        "conv": lambda: b.conv(x, 8, 8, 3, **SAME),
+        "tucker": lambda: b.tucker(x, 8, (4, 5), 8, **SAME),
+    }[layer]()
+    model = b.build(activation(b, y))
+    compiled = build(model, "llvm", verify=False)
+    values = random_inputs(compiled.inputs, seed=3)
+    for i, value in enumerate(values):
+        value[0, :, 0, i] = np.nan
+    named = {info.name: value for info, value in zip(compiled.inputs, values, strict=True)}
+    (want,) = reference_outputs(model, named)
+    assert np.isnan(want).any()
+    assert np.isfinite(want).any()
+    np.testing.assert_allclose(compiled.run(*values), want, rtol=0, atol=1e-5)
+
+
 def test_a_clip_with_a_bound_known_at_run_time():
     b, x = builder()
     y = b.tucker(x, 8, (4, 5), 8, name="t")
