@@ -23,7 +23,7 @@ from tvm.support import cc
 from tvm.target import Target
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.files import write_atomic
+from tdc_tvm.files import check_output, write_atomic
 from tdc_tvm.onnx_model import TensorInfo
 from tdc_tvm.quiet import without_chatter
 from tdc_tvm.targets import local_gpu
@@ -101,18 +101,14 @@ def cxx_compiler() -> str:
 
 
 def check_library_path(path: str | os.PathLike) -> None:
-    """Refuse a path that a library cannot be written to, before the work is done.
+    """Refuse a path that no library can be written to, before the work is done.
 
     Raises
     ------
     TdcError
-        If the name does not end in .so, or the directory is missing.
+        If the name does not end in .so, or no file can be made there.
     """
-    if Path(path).suffix != ".so":
-        raise TdcError(f"a library's name ends in .so; found {str(path)!r}")
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise TdcError(f"cannot write {path}: the directory {folder} does not exist; create it first")
+    check_output(path, "a library", (".so",))
 
 
 class ObjectFiles:

@@ -102,10 +102,13 @@ def compress(
     """Decompose a model's dense convolutions into Tucker format (ONNX to ONNX, no PyTorch)."""
     import onnx
 
-    from tdc_tvm.files import write_atomic
+    from tdc_tvm.files import check_output, write_atomic
     from tdc_tvm.onnx_decompose import decompose_onnx
     from tdc_tvm.onnx_model import infer_shapes, load_onnx, parameter_count
 
+    check_output(output, "the compressed model", (".onnx",), [model])
+    if save_plan is not None:
+        check_output(save_plan, "a plan", (".json", ".yaml", ".yml"), [model, output, ranks])
     with _progress("Decomposing") as step:
         step("reading the model")
         proto = load_onnx(model)
@@ -200,8 +203,11 @@ def run(
 ) -> None:
     """Run a compiled model."""
     from tdc_tvm.compiled_model import load, random_inputs
-    from tdc_tvm.files import write_atomic
+    from tdc_tvm.files import check_output, write_atomic
 
+    if output is not None:
+        files = (text.partition("=")[2] or text for text in inputs or [])
+        check_output(output, "the outputs' file", (".npz",), [library, *files])
     compiled = load(library)
     if inputs:
         result = compiled.run(**_read_arrays(inputs, [info.name for info in compiled.inputs]))
@@ -338,7 +344,8 @@ def inspect(
         console.print(
             f"for {data.kind} {data.arch} on {data.machine}, TVM {data.tvm_version}, source {data.source_sha256[:12]}"
         )
-        console.print(BuildReport.from_dict(data.report))
+        report = BuildReport.from_dict(data.report)
+        console.print(report, report.predictions())
         return
     from tdc_tvm.compiler import plan_build
 
@@ -346,17 +353,32 @@ def inspect(
     if as_json:
         _print_json(report.to_dict())
     else:
-        console.print(report)
+        console.print(report, report.predictions())
 
 
 @main.command()
-def env(as_json: JsonOption = False) -> None:
+def env(
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's GPU by microbenchmarks.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show versions, compilers and devices: what to put into a bug report."""
     data = environment()
+    if probe:
+        from tdc_tvm.probe import build as build_probe
+        from tdc_tvm.probe import run as run_probe
+
+        if data["gpu arch"] is None:
+            raise TdcError("there is no NVIDIA GPU on this machine that TVM can use; --probe measures one")
+        with _progress("Measuring the GPU") as step:
+            step("compiling")
+            module = build_probe(data["gpu arch"])
+            step("running")
+            data["probe"] = run_probe(module)["measured"]
     if as_json:
         _print_json(data)
         return
     table = Table(show_header=False)
+    data |= data.pop("probe", {})
     for key, value in data.items():
         table.add_row(key, "none" if value is None else str(value))
     console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises
     ------
     TdcError
-        If the directory is missing, ``path`` is not a regular file, the permission is missing, or
-        the disk is full.
+        If the directory is missing, ``path`` is not a regular file, the file cannot be made there,
+        or the disk is full.
 
     Examples
     --------
@@ -57,14 +57,49 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TdcError(f"cannot write {path}: no space left in {target.parent}; free some and try again") from error
         ours = error.filename is not None and Path(os.fsdecode(error.filename)) in (temporary, target)
-        if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise TdcError(
-                f"cannot write {path}: no permission to write in {target.parent}; choose another directory"
-            ) from error
-        raise
+        if not ours:
+            raise
+        reason = error.strerror or error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = f"no permission to write in {target.parent}"
+        raise TdcError(f"cannot write {path}: {reason}; choose another directory or name") from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+class _UntouchedError(Exception):
+    """Ends `write_atomic` with the file as it was."""
+
+
+def check_output(
+    path: str | os.PathLike, what: str, suffixes: tuple[str, ...], sources: Iterable[str | os.PathLike] = ()
+) -> None:
+    """Refuse a file that cannot or must not be written to, before the work is done.
+
+    Parameters
+    ----------
+    path : path
+        The file that is to be written.
+    what : str
+        Its kind, for messages.
+    suffixes : tuple[str, ...]
+        How its name may end.
+    sources : iterable of path
+        Files that must survive.
+
+    Raises
+    ------
+    TdcError
+        If the name ends otherwise, the file is one of ``sources``, or `write_atomic` would refuse it.
+    """
+    if Path(path).suffix not in suffixes:
+        raise TdcError(f"the name of {what} ends in {' or '.join(suffixes)}; found {str(path)!r}")
+    for source in sources:
+        if Path(path).resolve() == Path(source).resolve():
+            raise TdcError(f"cannot write {what} to {path}: {source} would be lost; choose another name")
+    with suppress(_UntouchedError), write_atomic(path):
+        raise _UntouchedError
 
 
 def _flush(path: Path) -> None:

@@ -119,6 +119,9 @@ def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
         assert tdc_tvm.load(tmp_path / "m.so").inputs[0].shape == (2, 8, 6, 6)
 
 
+COMPRESS = ("compress", "{model}", "-r", "2,2", "-o", "{tmp}/m.onnx", "--save-plan")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +140,15 @@ def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
         (("bench", "{tmp}"), "cannot read the model .*directory"),
         (("compress", "{model}", "-r", "many", "-o", "{tmp}/m.onnx"), "many"),
         (("compress", "{model}", "-r", "2,2", "-o", "{tmp}/absent/m.onnx"), "create it first"),
+        (("compress", "{model}", "-r", "2,2", "-o", "{model}"), "would be lost"),
+        (("compress", "{model}", "-r", "2,2", "-o", "{tmp}/m"), r"ends in \.onnx"),
+        ((*COMPRESS, "{tmp}/m.txt"), r"ends in \.json or \.yaml or \.yml"),
+        ((*COMPRESS, "{tmp}/absent/m.json"), "create it first"),
+        ((*COMPRESS, "{tmp}/m.onnx"), "ends in"),
+        (("run", "{library}", "-o", "{library}"), r"ends in \.npz"),
+        (("run", "{library}", "-i", "{tmp}/x.npz", "-o", "{tmp}/x.npz"), "x.npz would be lost"),
+        (("run", "{library}", "-i", "x={tmp}/x.npz", "-o", "{tmp}/x.npz"), "x.npz would be lost"),
+        (("build", "{model}", "-o", "/proc/m.so"), "cannot write /proc/m.so"),
     ],
 )
 def test_mistakes_are_errors_of_ours_and_leave_nothing(model_path, library, tmp_path, arguments, message):
@@ -144,6 +156,8 @@ def test_mistakes_are_errors_of_ours_and_leave_nothing(model_path, library, tmp_
     with pytest.raises(TdcError, match=message):
         tdc(*filled)
     assert not os.listdir(tmp_path)
+    assert onnx.load(model_path).graph.node
+    assert library.read_bytes()[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.files import write_atomic
+from tdc_tvm.files import check_output, write_atomic
 
 
 def write_and_raise(path, error):
@@ -81,3 +81,31 @@ def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path):
     with pytest.raises(TdcError, match="no space left"):
         write_and_raise(tmp_path / "x", OSError(errno.ENOSPC, "full"))
     assert not os.listdir(tmp_path)
+
+
+def test_a_folder_where_no_file_can_be_made():
+    with pytest.raises(TdcError, match=r"cannot write /proc/x\.so: No such file .*; choose another"):
+        check_output("/proc/x.so", "a library", (".so",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plan.txt", r"the name of a plan ends in \.json or \.yaml; found"),
+        ("source.json", "source.json would be lost; choose another name"),
+        ("link.json", "source.json would be lost"),
+        ("absent/plan.json", "create it first"),
+        ("folder.json", "not a regular file"),
+    ],
+)
+def test_outputs_are_refused_ahead_of_the_work(tmp_path, name, message):
+    (tmp_path / "source.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("source.json")
+    (tmp_path / "folder.json").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    sources = [tmp_path / "folder.json" / ".." / "source.json"]
+    with pytest.raises(TdcError, match=message):
+        check_output(tmp_path / name, "a plan", (".json", ".yaml"), sources)
+    check_output(tmp_path / "plan.json", "a plan", (".json", ".yaml"), sources)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "source.json").read_text() == "old"
