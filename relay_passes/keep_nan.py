@@ -13,7 +13,7 @@ Legalize = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
 def _legalize(name: str, wins: Callable[[Any, Any], Any], by_tvm: Callable) -> Legalize:
-    """The larger or the smaller of two by element; ``wins(x, y)`` says whether ``x`` may be the result."""
+    """The larger or the smaller of two by element; ``wins(x, y)`` says whether ``x`` is it for certain."""
 
     def choose(a: te.Tensor, b: te.Tensor | float) -> te.Tensor:
         if not str(a.dtype).startswith(("float", "bfloat")):
@@ -25,7 +25,7 @@ def _legalize(name: str, wins: Callable[[Any, Any], Any], by_tvm: Callable) -> L
         def element(*at: Any) -> Any:
             x, y = _at(a, at), _at(b, at)
             # Neither wins where one is NaN, and then the sum is NaN.
-            return tirx.Select(wins(x, y), x, tirx.Select(wins(y, x), y, x + y))
+            return tirx.Select(wins(x, y), x, tirx.Select(tirx.Or(wins(y, x), x.equal(y)), y, x + y))
 
         return te.compute(by_tvm(a, b).shape, element)
 
@@ -50,7 +50,7 @@ def _is_number(expr: relax.Expr) -> bool:
 
 # For LegalizeOps.
 KEEP_NAN = {
-    "relax.nn.relu": _legalize("relu", operator.ge, topi.maximum),
-    "relax.maximum": _legalize("maximum", operator.ge, topi.maximum),
-    "relax.minimum": _legalize("minimum", operator.le, topi.minimum),
+    "relax.nn.relu": _legalize("relu", operator.gt, topi.maximum),
+    "relax.maximum": _legalize("maximum", operator.gt, topi.maximum),
+    "relax.minimum": _legalize("minimum", operator.lt, topi.minimum),
 }

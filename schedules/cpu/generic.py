@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,20 +124,12 @@ def _moves_data(value: Any) -> bool:
     """Whether an expression only selects among elements and constants."""
     if isinstance(value, tirx.Select):
         # A condition on elements, as in a ReLU, is arithmetic.
-        if _reads_elements(value.condition):
+        if any(isinstance(node, tvm.ir.TensorLoad) for node in _nodes(value.condition)):
             return False
         return _moves_data(value.true_value) and _moves_data(value.false_value)
     if isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "").endswith(".if_then_else"):
         return all(_moves_data(argument) for argument in value.args[1:])
     return isinstance(value, tvm.ir.TensorLoad | tirx.FloatImm | tirx.IntImm)
-
-
-def _reads_elements(expression: Any) -> bool:
-    found = []
-    tirx.stmt_functor.post_order_visit(
-        expression, lambda node: found.append(node) if isinstance(node, tvm.ir.TensorLoad) else None
-    )
-    return bool(found)
 
 
 def _inline(sch: s_tir.Schedule) -> list[Any]:
@@ -252,17 +245,26 @@ def _is_store(body: Any) -> bool:
 
 def _cuts(value: Any, axis: Any) -> list[int]:
     """Where conditions of the form ``constant <= axis`` change within an expression, ascending."""
-    found: set[int] = set()
+    return sorted(
+        {
+            int(node.a)
+            for node in _nodes(value)
+            if isinstance(node, tirx.LE) and isinstance(node.a, tirx.IntImm) and node.b.same_as(axis)
+        }
+    )
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    """An expression and all its parts; the indices of elements are none."""
     pending = [value]
     while pending:
         node = pending.pop()
-        if isinstance(node, tirx.LE) and isinstance(node.a, tirx.IntImm) and node.b.same_as(axis):
-            found.add(int(node.a))
-        elif isinstance(node, tvm.ir.Call):
+        yield node
+        if isinstance(node, tvm.ir.Call):
             pending.extend(node.args)
         elif not isinstance(node, tvm.ir.TensorLoad):
-            pending.extend(getattr(node, name) for name in ("a", "b", "value") if hasattr(node, name))
-    return sorted(found)
+            parts = ("a", "b", "value", "condition", "true_value", "false_value")
+            pending.extend(getattr(node, name) for name in parts if hasattr(node, name))
 
 
 def _reduce(sch: s_tir.Schedule, block: Any, outside: int, device: DeviceSpec) -> None:

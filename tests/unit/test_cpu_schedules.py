@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from tdc_tvm.errors import TdcError
+from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.schedules.cpu import conv
 from tdc_tvm.schedules.cpu.generic import ScheduleGenericCpu, schedule_function
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
@@ -297,7 +298,7 @@ def relax_module(shapes: list[tuple[int, ...]], body) -> tvm.IRModule:  # type: 
             result = builder.emit_output(body(*params))
         builder.emit_func_output(result)
     passes = [
-        relax.transform.LegalizeOps(),
+        relax.transform.LegalizeOps(KEEP_NAN),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
