@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tvm
@@ -31,6 +32,8 @@ class DeviceSpec:
         Boost clock of the processors.
     fp32_flops_per_s : float
         Peak FP32 rate of the whole device without tensor cores, a fused multiply-add counted as two.
+    tensor_flops_per_s : dict of str to float
+        Peak dense rate of the tensor cores with FP32 sums, by precision; what is missing they cannot do.
     dram_bytes_per_s : float
         Peak memory bandwidth.
     l2_bytes : int
@@ -51,6 +54,7 @@ class DeviceSpec:
     core_count: int
     clock_hz: float
     fp32_flops_per_s: float
+    tensor_flops_per_s: Mapping[str, float] = field(hash=False)
     dram_bytes_per_s: float
     l2_bytes: int
     smem_per_block_bytes: int
@@ -111,9 +115,22 @@ def use_cpu_threads() -> None:
 
 
 def _gpu(
-    name: str, arch: str, sms: int, mhz: float, tflops: float, gbs: float, l2_mb: float, optin_kb: int, source: str
+    name: str,
+    arch: str,
+    sms: int,
+    mhz: float,
+    tflops: float,
+    tensor_tflops: tuple[float, float],
+    gbs: float,
+    l2_mb: float,
+    optin_kb: int,
+    source: str,
 ) -> DeviceSpec:
-    """One GPU from datasheet figures; ``launch_us`` is a kernel inside a CUDA graph, measured on an H100."""
+    """One GPU from datasheet figures; ``launch_us`` is a kernel inside a CUDA graph, measured on an H100.
+
+    ``tensor_tflops`` are dense TF32 and FP16 with FP32 sums; BF16 runs like FP16 where there is TF32.
+    """
+    tf32, fp16 = (1e12 * rate for rate in tensor_tflops)
     return DeviceSpec(
         name,
         "cuda",
@@ -121,6 +138,7 @@ def _gpu(
         sms,
         mhz * 1e6,
         tflops * 1e12,
+        {"tf32": tf32, "bf16": fp16, "fp16": fp16} if tf32 else {"fp16": fp16},
         gbs * 1e9,
         int(l2_mb * 2**20),
         48 * 1024,
@@ -136,13 +154,15 @@ def _gpu(
 GPUS = {
     spec.name: spec
     for spec in (
-        _gpu("H100", "sm_90", 132, 1980, 66.9, 3350, 50, 227, "NVIDIA H100 SXM5 80GB datasheet"),
-        _gpu("H200", "sm_90", 132, 1980, 66.9, 4800, 50, 227, "NVIDIA H200 SXM 141GB datasheet"),
-        _gpu("A100", "sm_80", 108, 1410, 19.5, 2039, 40, 163, "NVIDIA A100 SXM 80GB datasheet"),
-        _gpu("RTX 3090", "sm_86", 82, 1695, 35.6, 936, 6, 99, "NVIDIA Ampere GA102 whitepaper"),
-        _gpu("RTX 4090", "sm_89", 128, 2520, 82.6, 1008, 72, 99, "NVIDIA Ada GPU architecture whitepaper"),
-        _gpu("L4", "sm_89", 58, 2040, 30.3, 300, 48, 99, "NVIDIA L4 datasheet"),
-        _gpu("RTX 2080 Ti", "sm_75", 68, 1545, 13.4, 616, 5.5, 64, "NVIDIA Turing TU102 whitepaper"),
+        _gpu("H100", "sm_90", 132, 1980, 66.9, (494.7, 989.4), 3350, 50, 227, "NVIDIA H100 SXM 80GB datasheet"),
+        _gpu("H200", "sm_90", 132, 1980, 66.9, (494.7, 989.4), 4800, 50, 227, "NVIDIA H200 SXM 141GB datasheet"),
+        _gpu("A100", "sm_80", 108, 1410, 19.5, (156, 312), 2039, 40, 163, "NVIDIA A100 SXM 80GB datasheet"),
+        _gpu("RTX 3090", "sm_86", 82, 1695, 35.6, (35.6, 71), 936, 6, 99, "NVIDIA Ampere GA102 whitepaper"),
+        _gpu(
+            "RTX 4090", "sm_89", 128, 2520, 82.6, (82.6, 165.2), 1008, 72, 99, "NVIDIA Ada GPU architecture whitepaper"
+        ),
+        _gpu("L4", "sm_89", 58, 2040, 30.3, (60, 121), 300, 48, 99, "NVIDIA L4 datasheet"),
+        _gpu("RTX 2080 Ti", "sm_75", 68, 1545, 13.4, (0, 53.8), 616, 5.5, 64, "NVIDIA Turing TU102 whitepaper"),
     )
 }
 
@@ -161,6 +181,7 @@ def _cpu(mcpu: str, threads: int) -> DeviceSpec:
         threads,
         2.5e9,
         flops,
+        {},
         10e9 * threads,
         2**20,
         0,

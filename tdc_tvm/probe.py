@@ -119,8 +119,10 @@ def _functions(cores: int, capability: int) -> dict[str, Any]:
 
         def body(x: Any, total: Any, block: Any, thread: Any) -> None:
             data = T.sblock_alloc_buffer((4,), "float32", scope="local")
-            with T.serial(passes), T.serial(share, unroll=8) as i:
-                run("tdc_load", address(data, 0), address(x, ((block * share + i) * THREADS + thread) * 4), _true())
+            with T.serial(passes) as turn, T.serial(share, unroll=8) as i:
+                # Another share each time, so that a processor's own cache does not help.
+                vector = ((block + turn) % blocks * share + i) * THREADS + thread
+                run("tdc_load", address(data, 0), address(x, vector * 4), _true())
                 T.buffer_store(total, total[0] + data[0] + data[1] + data[2] + data[3], [0])
 
         return body
@@ -157,7 +159,7 @@ def _functions(cores: int, capability: int) -> dict[str, Any]:
                 T.buffer_store(operands, x[i], [i])
             with T.serial(count), T.serial(8, unroll=True) as i:
                 fragments = (address(operands, place) for place in (0, 4, 8))
-                run(f"tdc_mma_{dtype}", address(sums, i * 4), *fragments)
+                run(f"tdc_mma_{dtype}", address(sums, i * 4), address(sums, i * 4), *fragments)
             with T.serial(32, unroll=True) as i:
                 T.buffer_store(total, total[0] + sums[i], [0])
 
@@ -169,8 +171,8 @@ def _functions(cores: int, capability: int) -> dict[str, Any]:
             data = T.sblock_alloc_buffer((4,), "float32", scope="local")
             T.buffer_store(memory, x[thread], [thread])
             barrier()
-            with T.serial(count), T.serial(8, unroll=True) as i:
-                run("tdc_move4", address(data, 0), address(memory, (thread * 4 + i * 128) % (4 * THREADS)))
+            with T.serial(count) as turn, T.serial(8, unroll=True) as i:
+                run("tdc_move4", address(data, 0), address(memory, (thread + turn + i * 32) % THREADS * 4))
                 T.buffer_store(total, total[0] + data[0] + data[1] + data[2] + data[3], [0])
 
         return body

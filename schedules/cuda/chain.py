@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, run
+from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
 from tdc_tvm.schedules.shape import Epilogue
 
-# Units of depth whose operands are in flight together.
-_UNROLL = 4
+# Pairs of units of depth in the body of the loop over them.
+_UNROLL = 2
 
 
 @dataclass
@@ -106,10 +106,10 @@ class Chain:
         self.shared = T.sblock_alloc_buffer((max(1, part.smem_bytes // 4),), "float32", scope="shared.dyn")
         self.rank, self.thread = rank, thread
         self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
-        # Weights do not depend on the kernel before this one: what is needed later is under way before its end.
-        windowed = part.is_staged and part.is_windowed
-        early = [0] if windowed else range(len(part.stages))
-        late = range(1, len(part.stages)) if windowed else []
+        # Weights do not depend on the kernel before this one, and can be under way before its end.  Where there
+        # is no room beside it, this kernel begins with what it needs first.
+        late = range(1 if part.is_staged and not part.overlaps else len(part.stages), len(part.stages))
+        early = range(late.start)
         for stage in early:
             self.copy_weights(stage)
             run("tdc_commit")
@@ -224,7 +224,7 @@ class Chain:
         channel_tiles, pixel_tiles = part.tiles_of_work(stage)
         items, groups = channel_tiles * pixel_tiles, part.warps // work.splits
         rounds = ceil_div(items, groups)
-        acc = local(work.rows * work.columns * (2 if unit.name == "mma" else 1))
+        acc = local(self.sums(stage))
         # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
         starts = local(work.columns, "int32")
         # Their rows and columns, where the padding is not there to be read.
@@ -258,6 +258,12 @@ class Chain:
         if work.splits > 1:
             barrier()
             self.add_up(stage)
+
+    def sums(self, stage: int) -> int:
+        """Registers of a lane's sums: of few, the steps of a unit have their own, to depend on each other less."""
+        work = self.part.works[stage]
+        products = work.rows * work.columns
+        return products if self.unit.name == "fma" else products * (4 if products <= 8 else 2)
 
     def pixel_lane(self) -> ir.Expr:
         """Which of the pixels that a warp loads side by side is this lane's."""
@@ -305,11 +311,13 @@ class Chain:
         conv, share = part.stages[stage], part.share(stage)
         units, steps = part.depth_units(stage), share * work.splits
         per_tap = part.in_channels(stage) // unit.depth
-        a, b = local(4 * work.rows), local(4 * work.columns)
         lane = self.lane if unit.weight_lanes == WARP else self.lane % unit.weight_lanes
         first = T.Bind((channel_tile * steps + split * share) * (work.rows * unit.weight_lanes) + lane)
-        with T.serial(share, unroll=min(_UNROLL, share)) as i:
-            step = split * share + i if work.splits > 1 else i
+        # Two sets of operands: one is loaded while the other is multiplied.
+        sets = [(local(4 * work.rows), local(4 * work.columns)) for _ in range(min(2, share))]
+
+        def load(i: ir.Expr | int, number: int) -> None:
+            a, b = sets[number]
             with unrolled(work.rows) as row:
                 vector = first + (i * work.rows + row) * unit.weight_lanes
                 if part.weights_shared[stage]:
@@ -319,6 +327,7 @@ class Chain:
                     start = (self.rank * part.weight_vectors(stage) + vector) * unit.vector
                     from_ = address(self.buffers.weights[stage], start)
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
+            step = split * share + i if work.splits > 1 else i
             # Behind the end the weights are zero, and the pixels those of the last step.
             step = tirx.min(step, units - 1) if steps > units else step
             tap = step // per_tap
@@ -336,7 +345,20 @@ class Chain:
                     self.load_input(b, j, start, step % per_tap * unit.depth, inside)
                 else:
                     self.load_input(b, j, starts[j], step * unit.depth, tirx.const(True, "bool"))
-            self.multiply_unit(work.rows, work.columns, acc, a, b)
+
+        load(0, 0)
+        if share > 1:
+            with T.serial(share // 2, unroll=min(_UNROLL, share // 2)) as pair:
+                load(pair * 2 + 1, 1)
+                self.multiply_unit(stage, acc, *sets[0])
+                load(tirx.min(pair * 2 + 2, share - 1), 0)
+                self.multiply_unit(stage, acc, *sets[1])
+        if share % 2:
+            self.multiply_unit(stage, acc, *sets[0])
+        half = self.sums(stage) // 2
+        if half == work.rows * work.columns * 2:
+            with unrolled(half) as i:
+                T.buffer_store(acc, acc[i] + acc[half + i], [i])
 
     def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr, inside: ir.Expr) -> None:
         """Read one vector of the input from global memory, zeros if it is not inside."""
@@ -351,13 +373,16 @@ class Chain:
             count = tirx.if_then_else(inside, part.in_width - channel, 0)
             run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, count)
 
-    def multiply_unit(self, rows: int, columns: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer) -> None:
+    def multiply_unit(self, stage: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer) -> None:
         """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[column, k]``."""
+        work = self.part.works[stage]
+        rows, columns = work.rows, work.columns
         if self.unit.name == "mma":
+            second = rows * columns * 2 % self.sums(stage)
             with unrolled(rows // 2) as m, unrolled(columns) as j:
-                sums = address(acc, (m * columns + j) * 4)
+                at = (m * columns + j) * 4
                 operands = address(a, m * 8), address(a, m * 8 + 4), address(b, j * 4)
-                run(f"tdc_mma_{self.unit.dtype}", sums, *operands)
+                run(f"tdc_mma_{self.unit.dtype}", address(acc, at), address(acc, second + at), *operands)
             return
         with unrolled(4) as k, unrolled(rows) as row, unrolled(columns) as j:
             T.buffer_store(acc, acc[row * columns + j] + a[row * 4 + k] * b[j * 4 + k], [row * columns + j])
@@ -372,22 +397,38 @@ class Chain:
     ) -> None:
         """Visit a lane's sums, as ``(pixel, first channel of the slice, neighbouring channels)``."""
         part, unit, work = self.part, self.unit, self.part.works[stage]
-        columns, rows = work.columns, work.rows
+        columns, rows, width = work.columns, work.rows, unit.row_lanes * work.rows
         values = local(rows)
         mma = unit.name == "mma"
-        row_lane = self.lane // 4 if mma else self.lane % 8
-        channel = T.Bind(channel_tile * (8 * rows) + row_lane * rows)
-        with unrolled(columns) as j, unrolled(2 if mma else 1) as e:
-            pixel = (pixel_tile * columns + j) * unit.pixels
-            pixel = pixel + (self.lane % 4 * 2 + e if mma else self.pixel_lane())
-            with unrolled(rows) as row:
-                at = (row // 2 * columns + j) * 4 + row % 2 * 2 + e if mma else row * columns + j
-                T.buffer_store(values, acc[at], [row])
+        row_lane = self.lane // unit.chunks if mma else self.lane // unit.chunks % unit.row_lanes
+        channel = T.Bind(channel_tile * width + row_lane * rows)
+
+        def visit(pixel: ir.Expr, has_result: ir.Expr | bool) -> None:
             inside = all_of(
+                has_result,
                 pixel < part.pixels(stage) if part.pixels(stage) % (columns * unit.pixels) else True,
-                channel < part.slice_channels(stage) if part.slice_channels(stage) % (8 * rows) else True,
+                channel < part.slice_channels(stage) if part.slice_channels(stage) % width else True,
             )
-            when(inside, lambda pixel=pixel: use(pixel, channel, values))
+            when(inside, lambda: use(pixel, channel, values))
+
+        pixel_0 = T.Bind(pixel_tile * (columns * unit.pixels))
+        if mma:
+            with unrolled(columns) as j, unrolled(2) as e:
+                with unrolled(rows) as row:
+                    T.buffer_store(values, acc[(row // 2 * columns + j) * 4 + row % 2 * 2 + e], [row])
+                visit(pixel_0 + j * unit.pixels + self.lane % 4 * 2 + e, True)
+            return
+        # Two lanes have a sum each, of half of the depth.  Of every two columns each lane finishes one.
+        assert unit.chunks == 2
+        pair = min(2, columns)
+        with unrolled(columns // pair) as j:
+            with unrolled(rows) as row:
+                first, second = acc[row * columns + j * pair], acc[row * columns + j * pair + pair - 1]
+                odd = self.chunk_lane() == 1
+                kept, given = tirx.Select(odd, second, first), tirx.Select(odd, first, second)
+                T.buffer_store(values, kept + call("tdc_swap", given, returns="float32"), [row])
+            own = self.chunk_lane() if pair == 2 else 0
+            visit(pixel_0 + (j * pair + own) * unit.pixels + self.pixel_lane(), True if pair == 2 else odd)
 
     def share_sums(self, stage: int, split: ir.Expr, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Put sums over a part of the depth where `add_up` finds them."""
@@ -480,11 +521,7 @@ class Chain:
                     # Behind the last channel any value does: it is not stored.
                     at = channel + row if whole else tirx.min(channel + row, part.out_width - 1)
                     value = value + T.cast(residual[self.image, y, x, at], "float32")
-                if epilogue.clip_min is not None:
-                    value = tirx.max(value, tirx.const(epilogue.clip_min, "float32"))
-                if epilogue.clip_max is not None:
-                    value = tirx.min(value, tirx.const(epilogue.clip_max, "float32"))
-                T.buffer_store(values, value, [row])
+                T.buffer_store(values, clip(value, epilogue), [row])
             if not whole:
                 with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
                     value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]

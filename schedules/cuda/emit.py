@@ -11,7 +11,7 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tdc_tvm.schedules.cuda.intrinsics import barrier
+from tdc_tvm.schedules.cuda.intrinsics import barrier, clip
 from tdc_tvm.schedules.cuda.plan import MAX_THREADS, WARP, ceil_div
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
@@ -292,8 +292,4 @@ def finish(value: ir.Expr, epilogue: Epilogue, residual: tirx.Buffer | None, at:
     """Apply the epilogue to one output."""
     if residual is not None:
         value = value + residual[tuple(at)]
-    if epilogue.clip_min is not None:
-        value = tirx.max(value, tirx.const(epilogue.clip_min, "float32"))
-    if epilogue.clip_max is not None:
-        value = tirx.min(value, tirx.const(epilogue.clip_max, "float32"))
-    return value
+    return clip(value, epilogue)

@@ -12,6 +12,8 @@ from tvm import ir, tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.shape import Epilogue
+
 _C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 
 # Definitions by name, without what makes them inline device functions.
@@ -54,13 +56,16 @@ _BODIES = {
 }}"""
         for pending in range(4)
     },
-    # Two steps of 16 (FP16, BF16) or 8 (TF32) of the depth: fragments of A for each, and of B for both.
+    # Two steps of 16 (FP16, BF16) or 8 (TF32) of the depth: sums (which can be the same) and
+    # fragments of A for each, a fragment of B for both.
     **{
-        f"tdc_mma_{dtype}": f"""void tdc_mma_{dtype}(float* c, const float* a0, const float* a1, const float* b) {{
+        f"tdc_mma_{dtype}": f"""void tdc_mma_{dtype}(
+    float* c0, float* c1, const float* a0, const float* a1, const float* b) {{
 #if __CUDA_ARCH__ >= 800
   #pragma unroll
   for (int i = 0; i < 2; ++i) {{
     const unsigned *a = (const unsigned*)(i ? a1 : a0), *r = (const unsigned*)b + 2 * i;
+    float* c = i ? c1 : c0;
     asm("mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
         "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -70,6 +75,7 @@ _BODIES = {
   #pragma unroll
   for (int i = 0; i < 4; ++i) {{
     const unsigned *a = (const unsigned*)(i / 2 ? a1 : a0) + i % 2 * 2, *r = (const unsigned*)b + i;
+    float* c = i / 2 ? c1 : c0;
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{%0,%1,%2,%3}}, {{%4,%5}}, {{%6}}, {{%0,%1,%2,%3}};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(r[0]));
   }}
@@ -85,6 +91,9 @@ _BODIES = {
   unsigned bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
+}""",
+    "tdc_swap": """float tdc_swap(float value) {
+  return __shfl_xor_sync(0xffffffffu, value, 1);
 }""",
     "tdc_pack_float16": """float tdc_pack_float16(float low, float high) {
   half2 pair = __floats2half2_rn(low, high);
@@ -189,3 +198,14 @@ def barrier() -> None:
     then keeps its registers in memory.  So schedules leave none out.
     """
     T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
+
+
+def clip(value: ir.Expr, epilogue: Epilogue) -> ir.Expr:
+    """Apply an epilogue's bounds.  A NaN stays one, as in ONNX; CUDA's ``max`` and ``min`` would drop it."""
+    if epilogue.clip_min is not None:
+        bound = tirx.const(epilogue.clip_min, "float32")
+        value = tirx.Select(value < bound, bound, value)
+    if epilogue.clip_max is not None:
+        bound = tirx.const(epilogue.clip_max, "float32")
+        value = tirx.Select(value > bound, bound, value)
+    return value

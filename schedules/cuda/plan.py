@@ -59,8 +59,10 @@ def smaller(a: Number, b: Number) -> Number:
 class Unit:
     """What multiplies: tensor cores (``mma``) or CUDA cores (``fma``).
 
-    A warp's lanes lie in a grid of 8 along the channels by ``pixels`` along the pixels for ``fma``;
-    for ``mma`` they lie as PTX's ``m16n8`` fragments want them.
+    For ``fma`` a warp's lanes lie in a grid: ``row_lanes`` along the channels, ``pixels`` along the
+    pixels and ``chunks`` along the depth, whose sums meet at the end.  A lane can so compute many
+    results of few operands: shared memory delivers 4 bytes to a lane in a cycle, whatever other lanes
+    load.  For ``mma`` they lie as PTX's ``m16n8`` fragments want them.
 
     Parameters
     ----------
@@ -74,6 +76,8 @@ class Unit:
         Vectors of the depth that the lanes of a warp load side by side.
     pixels : int
         Pixels that they load side by side.
+    row_lanes : int
+        Sets of channels that they load side by side.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Unit:
     vector: int
     chunks: int
     pixels: int
+    row_lanes: int
 
     @property
     def depth(self) -> int:
@@ -90,7 +95,7 @@ class Unit:
     @property
     def weight_lanes(self) -> int:
         """Lanes that load different weights."""
-        return 8 * self.chunks
+        return self.row_lanes * self.chunks
 
     @property
     def element_bytes(self) -> int:
@@ -107,10 +112,10 @@ class Unit:
 
 
 UNITS = {
-    "fp32": Unit("fma", "float32", 4, 1, 4),
-    "tf32": Unit("mma", "float32", 4, 4, 8),
-    "fp16": Unit("mma", "float16", 8, 4, 8),
-    "bf16": Unit("mma", "bfloat16", 8, 4, 8),
+    "fp32": Unit("fma", "float32", 4, 2, 4, 4),
+    "tf32": Unit("mma", "float32", 4, 4, 8, 8),
+    "fp16": Unit("mma", "float16", 8, 4, 8, 8),
+    "bf16": Unit("mma", "bfloat16", 8, 4, 8, 8),
 }
 
 
@@ -267,7 +272,7 @@ class Part:
         """Warp tiles of a stage: along the channels and along the pixels."""
         work = self.works[stage]
         return (
-            ceil_div(self.slice_channels(stage), 8 * work.rows),
+            ceil_div(self.slice_channels(stage), self.unit.row_lanes * work.rows),
             ceil_div(self.pixels(stage), self.unit.pixels * work.columns),
         )
 
@@ -328,6 +333,11 @@ class Part:
         weights = sum(self.weight_vectors(i) * shared for i, shared in enumerate(self.weights_shared))
         return 4 * self.fixed_words + 16 * weights
 
+    @property
+    def overlaps(self) -> Number:
+        """Whether the next kernel's blocks find room beside this one's, and can copy their weights meanwhile."""
+        return 2 * (self.smem_bytes + 1024) <= self.device.smem_per_block_optin_bytes + 1024
+
     @functools.cached_property
     def resident(self) -> Number:
         """Blocks that a processor holds at the same time, registers guessed at 128 a thread."""
@@ -382,9 +392,9 @@ def work_options(name: str) -> np.ndarray:
     options = [
         (rows, columns, splits)
         for splits in (1, 2, 4, 8, 16)
-        for rows in ((2, 4) if name == "fma" else (2, 4, 8))
+        for rows in (2, 4, 8)
         for columns in (1, 2, 4, 8)
-        if rows * columns <= 32
+        if rows * columns <= (64 if name == "fma" else 32)
     ]
     return np.array(options).T
 
@@ -405,7 +415,7 @@ def choose_work(pixels: Number, channels: Number, units: int, warps: Number, uni
     extents = (np.asarray(value)[..., None] for value in (pixels, channels, warps))
     pixels_, channels_, warps_ = extents
     allowed = (warps_ % splits == 0) & ((splits == 1) | (2 * splits <= units))
-    allowed &= (rows == 2) | (4 * rows < channels_)
+    allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
     allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
     busy, alone = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
     best = np.where(allowed, np.maximum(busy, alone), np.inf).argmin(axis=-1)
@@ -417,22 +427,20 @@ def stage_cycles(
     work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit
 ) -> tuple[Number, Number]:
     """What a stage costs a block: cycles of the processor's units, and cycles until its last warp is done."""
-    items = ceil_div(channels, 8 * work.rows) * ceil_div(pixels, unit.pixels * work.columns)
+    items = ceil_div(channels, unit.row_lanes * work.rows) * ceil_div(pixels, unit.pixels * work.columns)
     share = ceil_div(units, work.splits)
     rounds = ceil_div(items, larger(1, warps // work.splits))
+    # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
+    loads = 4 * (work.rows + work.columns)
     if unit.name == "mma":
-        products = work.rows // 2 * work.columns * 2
-        loads = 4 * (work.rows + work.columns)
-        issue = 8.0 * products
-        wait = larger(2 * 18.0, issue) + 30
+        issue = 6.6 * work.rows * work.columns + work.rows + work.columns
+        wait = larger(40.0, issue) + 15
     else:
-        products = work.rows * work.columns * 4
-        loads = work.rows + 2 * work.columns
-        issue = 1.0 * products + work.rows + work.columns
-        wait = larger(4 * 4.0, issue) + 30
+        issue = 4.0 * work.rows * work.columns + work.rows + work.columns
+        wait = issue + 25
     busy = items * work.splits * share * larger(loads, issue / 4)
-    alone = rounds * (share * wait + 20)
-    merge = (work.splits > 1) * (60 + 2 * work.splits * pixels * channels * 4 / 128)
+    alone = rounds * (share * wait + 60)
+    merge = (work.splits > 1) * (60 + 3 * work.splits * pixels * channels * 4 / 128)
     return busy + merge, alone + merge
 
 
@@ -453,10 +461,10 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     matrix[: conv.out_channels, :, : conv.in_channels] = weights.kernel.reshape(
         conv.out_channels, conv.in_channels, taps
     ).transpose(0, 2, 1)
-    padded = np.zeros((part.split, tiles * 8 * work.rows, steps * unit.depth), np.float32)
+    padded = np.zeros((part.split, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
     padded[:, :slice_channels, : taps * channels] = matrix.reshape(part.split, slice_channels, -1)
-    # channel = (tile, row of 8 lanes, rows), depth = (unit, chunk, vector)
-    split = padded.reshape(part.split, tiles, 8, work.rows, steps, unit.chunks, unit.vector)
+    # channel = (tile, lane, rows), depth = (unit, chunk, vector)
+    split = padded.reshape(part.split, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
     packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
         part.split, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )

@@ -68,7 +68,7 @@ struct Fiber { ucontext_t context; std::vector<char> stack; State state; int blo
 struct Warp {
   int arrived = 0;
   unsigned generation = 0;
-  float* c[32];
+  float *c0[32], *c1[32], values[32];
   const float *a0[32], *a1[32], *b[32];
 };
 static ucontext_t scheduler;
@@ -129,25 +129,45 @@ static float tdc_tf32(float value) {
   memcpy(&value, &word, 4);
   return value;
 }
-template <class T> static void mma(float* c, const float* a0, const float* a1, const float* b) {
+static float tdc_swap(float value) {
   Warp& warp = warps[(self->block * threads_of_block + self->thread) / 32];
   int lane = self->thread % 32;
-  warp.c[lane] = c; warp.a0[lane] = a0; warp.a1[lane] = a1; warp.b[lane] = b;
+  warp.values[lane] = value;
+  for (int pass = 0; pass < 2; ++pass) {  // all have given, then all have taken
+    if (pass == 1) value = warp.values[lane ^ 1];
+    unsigned generation = warp.generation;
+    if (++warp.arrived == 32) {
+      warp.arrived = 0;
+      ++warp.generation;
+      ++progress;
+    } else {
+      while (warp.generation == generation) wait_as(AT_WARP);
+    }
+  }
+  return value;
+}
+template <class T> static void mma(float* c0, float* c1, const float* a0, const float* a1, const float* b) {
+  Warp& warp = warps[(self->block * threads_of_block + self->thread) / 32];
+  int lane = self->thread % 32;
+  warp.c0[lane] = c0; warp.c1[lane] = c1; warp.a0[lane] = a0; warp.a1[lane] = a1; warp.b[lane] = b;
   unsigned generation = warp.generation;
   if (++warp.arrived == 32) {
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < 8; ++column) {
-        float sum = 0;
+        float sums[2] = {0, 0};
         for (int quarter = 0; quarter < 4; ++quarter) {
           int source = row % 8 * 4 + quarter;
           const T* b = (const T*)warp.b[column * 4 + quarter];
           for (int word = 0; word < 4; ++word) {
             const float* fragment = word < 2 ? warp.a0[source] : warp.a1[source];
             const T* a = (const T*)(fragment + word % 2 * 2 + row / 8);
-            for (int i = 0; i < int(4 / sizeof(T)); ++i) sum += float(a[i]) * float(b[word * (4 / sizeof(T)) + i]);
+            for (int i = 0; i < int(4 / sizeof(T)); ++i)
+              sums[word / 2] += float(a[i]) * float(b[word * (4 / sizeof(T)) + i]);
           }
         }
-        warp.c[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] += sum;
+        int owner = row % 8 * 4 + column / 2, place = row / 8 * 2 + column % 2;
+        warp.c0[owner][place] += sums[0];
+        warp.c1[owner][place] += sums[1];
       }
     warp.arrived = 0;
     ++warp.generation;
@@ -156,11 +176,13 @@ template <class T> static void mma(float* c, const float* a0, const float* a1, c
     while (warp.generation == generation) wait_as(AT_WARP);
   }
 }
-static void tdc_mma_float16(float* c, const float* a0, const float* a1, const float* b) { mma<half>(c, a0, a1, b); }
-static void tdc_mma_bfloat16(float* c, const float* a0, const float* a1, const float* b) {
-  mma<nv_bfloat16>(c, a0, a1, b);
-}
-static void tdc_mma_float32(float* c, const float* a0, const float* a1, const float* b) { mma<float>(c, a0, a1, b); }
+#define MMA(dtype, T) \\
+  static void tdc_mma_##dtype(float* c0, float* c1, const float* a0, const float* a1, const float* b) { \\
+    mma<T>(c0, c1, a0, a1, b); \\
+  }
+MMA(float16, half)
+MMA(bfloat16, nv_bfloat16)
+MMA(float32, float)
 static void tdc_cluster_arrive() {
   self->phase = cluster_phase;
   if (++cluster_arrived == int(fibers.size())) {

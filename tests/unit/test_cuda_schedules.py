@@ -198,10 +198,10 @@ def test_no_barrier_parts_a_pragma_from_its_loop(shape):
     assert not [after for line, after in pairwise(lines) if line.startswith("#pragma") and not after.startswith("for")]
 
 
-def test_outside_pixels_do_not_spread_nan(tmp_path):
-    """A NaN in the input must reach only the outputs that depend on it."""
+@pytest.mark.parametrize("epilogue", [PLAIN, Epilogue(clip_min=0.0), Epilogue(clip_min=0.0, clip_max=6.0)], ids=str)
+def test_a_nan_reaches_the_outputs_that_depend_on_it_and_no_others(tmp_path, epilogue):
     shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME), 4, 4)
-    kernel = kernel_for(shape)
+    kernel = kernel_for(shape, epilogue=epilogue)
     x = np.ones((1, 8, 8, 4), np.float32)
     x[0, 0, 0] = np.nan
     out = np.zeros((1, 8, 8, 4), np.float32)
