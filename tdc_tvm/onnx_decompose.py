@@ -13,9 +13,10 @@ from tdc_tvm.onnx_model import (
     conv_shape,
     layer_names,
     metadata,
+    set_nodes,
     value_shape,
 )
-from tdc_tvm.onnx_rewrite import drop_unused_weights, free_name, set_nodes, set_weight
+from tdc_tvm.onnx_rewrite import drop_unused_weights, free_name, set_weight
 from tdc_tvm.plan import ConvLayer, DecompositionReport, RankSpec, decompose_layers
 from tdc_tvm.tucker import TuckerFactors
 
@@ -70,7 +71,7 @@ def _layer(model: onnx.ModelProto, node: onnx.NodeProto, name: str) -> ConvLayer
     if node.input[1] not in tensors:
         dims = value_shape(model, node.input[1])
         kernel = np.zeros(dims, "float32")
-        return ConvLayer(name, kernel, groups, keep_reason="its weights are not constant")
+        return ConvLayer(name, kernel, groups, keep_reason=f"its weights are {_origin(model, node.input[1])}")
     kernel = array(tensors[node.input[1]])
     reason = None
     if "tdc.layer" in metadata(node) and "tdc.stage" in metadata(node):
@@ -78,6 +79,14 @@ def _layer(model: onnx.ModelProto, node: onnx.NodeProto, name: str) -> ConvLayer
     shape = conv_shape(model, node, kernel.shape)
     pixels = None if shape is None else (shape.batch * shape.height * shape.width, shape.out_pixels)
     return ConvLayer(name, kernel, groups, pixels, reason)
+
+
+def _origin(model: onnx.ModelProto, value: str) -> str:
+    """Where a value that is no constant comes from."""
+    for node in model.graph.node:
+        if value in node.output:
+            return f"computed by {node.op_type} {node.name or value}, not constant"
+    return "an input of the model, not constant"
 
 
 def _stages(model: onnx.ModelProto, node: onnx.NodeProto, layer: str, factors: TuckerFactors) -> list[onnx.NodeProto]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def load_onnx(source: ModelSource) -> onnx.ModelProto:
     Returns
     -------
     onnx.ModelProto
-        A copy of its own, weights included and none of them an input, local functions inlined.
+        A copy of its own, local functions inlined.  Weights are included, none of them an input, and
+        what ``Constant`` nodes hold is a weight like any other.
 
     Raises
     ------
@@ -69,6 +70,7 @@ def load_onnx(source: ModelSource) -> onnx.ModelProto:
     if not model.ir_version or not model.graph.node:
         raise TdcError(f"{label} is not an ONNX model: it has no graph with operators; export it again")
     _load_external_data(model, label, folder)
+    _complete_outputs(model, label)
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # the checker raises several unrelated types
@@ -80,6 +82,7 @@ def load_onnx(source: ModelSource) -> onnx.ModelProto:
     model.ir_version = max(model.ir_version, _WEIGHTS_ARE_NO_INPUTS)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    _lift_constants(model)
     return model
 
 
@@ -131,6 +134,55 @@ def _load_external_data(model: onnx.ModelProto, label: str, folder: Path | None)
         onnx.load_external_data_for_model(model, str(folder))
     except Exception as error:  # onnx raises several unrelated types here
         raise TdcError(f"external data of {label} cannot be read: {error}") from None
+
+
+def _complete_outputs(model: onnx.ModelProto, label: str) -> None:
+    """Give outputs without a declared shape, which the checker refuses, the one that can be inferred."""
+
+    def bare() -> list[onnx.ValueInfoProto]:
+        outputs = (value for value in model.graph.output if value.type.HasField("tensor_type"))
+        return [value for value in outputs if not value.type.tensor_type.HasField("shape")]
+
+    if bare():
+        infer_shapes(model)
+    if names := ", ".join(repr(value.name) for value in bare()):
+        raise TdcError(
+            f"{label} declares no shape for its output {names}, and none can be inferred;"
+            " declare one (dynamic extents may have names), or export the model again"
+        )
+
+
+def _lift_constants(model: onnx.ModelProto) -> None:
+    """Turn ``Constant`` nodes, and ``Identity`` nodes that rename a weight, into initializers."""
+    tensors, used = constants(model), use_counts(model)
+    outputs = {value.name for value in model.graph.output}
+    kept = []
+    for node in model.graph.node:
+        value = None
+        if node.op_type == "Constant":
+            value = _constant(node.attribute[0])
+        elif node.op_type == "Identity" and node.output[0] not in outputs:
+            value = tensors.get(node.input[0])
+        if value is None:
+            kept.append(node)
+            continue
+        if node.op_type == "Constant" or used[node.input[0]] > 1:
+            model.graph.initializer.append(value)
+            value = model.graph.initializer[-1]
+            used.subtract(node.input)
+        value.name = node.output[0]
+        tensors[value.name] = value
+    set_nodes(model, kept)
+
+
+def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto | None:
+    """The value of a ``Constant`` node by its one attribute; None for text and sparse tensors."""
+    if attribute.name == "value":
+        return attribute.t
+    types = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+    if attribute.name not in types:
+        return None
+    return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), types[attribute.name]))
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -218,10 +270,16 @@ def freeze_shapes(
     TdcError
         If a dimension stays dynamic, or a given shape contradicts the model.
     """
+    if not isinstance(input_shapes, (Mapping, type(None))):
+        raise TdcError(
+            f"input_shapes is {input_shapes!r}; expected names with shapes, such as {{'x': (1, 3, 224, 224)}}"
+        )
+    if batch is not None and not isinstance(batch, (int, np.integer)):
+        raise TdcError(f"batch is {batch!r}; expected a whole number, such as 1")
     given = {name: _given_shape(name, shape) for name, shape in (input_shapes or {}).items()}
     names = [value.name for value in model.graph.input]
     if unknown := sorted(set(given) - set(names)):
-        raise TdcError(f"input_shapes names {unknown}, but the model's inputs are {names}")
+        raise TdcError(f"input_shapes (--input-shape) names {unknown}, but the model's inputs are {names}")
     infos = []
     for value in model.graph.input:
         tensor = value.type.tensor_type
@@ -246,9 +304,9 @@ def freeze_shapes(
             shape[0] = int(batch)
         if any(isinstance(extent, str) for extent in shape):
             hint = (
-                "pass batch=1 (or another size)"
+                "pass batch=1 (--batch 1), or another size"
                 if all(isinstance(e, int) for e in shape[1:])
-                else (f"pass input_shapes={{{value.name!r}: (...)}}")
+                else f"pass input_shapes={{{value.name!r}: (...)}} (--input-shape {value.name}:1x3x224x224)"
             )
             raise TdcError(f"input {value.name!r} has the dynamic shape {_dims(shape)} without bounds; {hint}")
         static = tuple(int(extent) for extent in shape)
@@ -266,7 +324,9 @@ def freeze_shapes(
         infos.append(TensorInfo(value.name, static, dtype))
     if batch is not None and infos and not any(info.shape[:1] == (batch,) for info in infos):
         shapes = ", ".join(f"{info.name} {_dims(info.shape)}" for info in infos)
-        raise TdcError(f"batch={batch} fits no input, the model's shapes are fixed ({shapes}); leave batch out")
+        raise TdcError(
+            f"batch={batch} fits no input, the model's shapes are fixed ({shapes}); leave batch (--batch) out"
+        )
     infer_shapes(model)
     return infos
 
@@ -307,8 +367,10 @@ def infer_shapes(model: onnx.ModelProto) -> None:
         raise TdcError(f"the model's shapes contradict each other: {error}") from None
     del model.graph.value_info[:]
     model.graph.value_info.extend(slim.graph.value_info)
-    del model.graph.output[:]
-    model.graph.output.extend(slim.graph.output)
+    for declared, inferred in zip(model.graph.output, slim.graph.output, strict=True):
+        # An operator that ONNX does not know has no inferred shape: the declared one stays.
+        if inferred.type.tensor_type.HasField("shape"):
+            declared.CopyFrom(inferred)
 
 
 def _dims(shape: Sequence[int | str]) -> str:
@@ -318,6 +380,13 @@ def _dims(shape: Sequence[int | str]) -> str:
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """The model's initializers by name."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def set_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replace the graph's nodes."""
+    nodes = list(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def use_counts(model: onnx.ModelProto) -> Counter[str]:

@@ -1,14 +1,12 @@
-"""Rewrites of ONNX graphs ahead of the import: constants and batch normalisation."""
+"""Rewrites of ONNX graphs ahead of the import: operands, padding and batch normalisation."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tdc_tvm.onnx_model import array, constants, conv_nodes, conv_shape, use_counts, value_names
+from tdc_tvm.onnx_model import array, constants, conv_nodes, conv_shape, set_nodes, use_counts, value_names
 
 # Elementwise operators with broadcasting, and whether their operands may change places.
 _ELEMENTWISE = {"Add": True, "Mul": True, "Max": True, "Min": True, "Sub": False, "Div": False}
@@ -17,23 +15,15 @@ _ELEMENTWISE = {"Add": True, "Mul": True, "Max": True, "Min": True, "Sub": False
 def simplify(model: onnx.ModelProto) -> None:
     """Bring a model into the form that the graph passes match, in place; its function stays the same.
 
-    ``Constant`` nodes become initializers, and ``auto_pad`` of convolutions explicit padding, where
-    shapes are inferred; constant operands of elementwise operators stand last and have full rank; a
-    ``BatchNormalization`` after a convolution is folded into it, any other becomes a multiplication
-    and an addition.  Statistics that are not constant leave the node as it is.
+    ``auto_pad`` of convolutions becomes explicit padding, where shapes are inferred; constant
+    operands of elementwise operators stand last and have full rank; a ``BatchNormalization`` after a
+    convolution is folded into it, any other becomes a multiplication and an addition.  Statistics
+    that are not constant leave the node as it is.
     """
-    _lift_constants(model)
     _spell_out_padding(model)
     _arrange_constants(model)
     _fold_batch_norms(model)
     drop_unused_weights(model)
-
-
-def set_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Replace the graph's nodes."""
-    nodes = list(nodes)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
 
 
 def drop_unused_weights(model: onnx.ModelProto) -> None:
@@ -58,28 +48,6 @@ def free_name(model: onnx.ModelProto, name: str) -> str:
     while unique in taken:
         unique, count = f"{name}_{count}", count + 1
     return unique
-
-
-def _lift_constants(model: onnx.ModelProto) -> None:
-    kept = []
-    for node in model.graph.node:
-        value = _constant(node.attribute[0]) if node.op_type == "Constant" else None
-        if value is None:
-            kept.append(node)
-        else:
-            value.name = node.output[0]
-            model.graph.initializer.append(value)
-    set_nodes(model, kept)
-
-
-def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto | None:
-    """The value of a ``Constant`` node by its one attribute; None for text and sparse tensors."""
-    if attribute.name == "value":
-        return attribute.t
-    types = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
-    if attribute.name not in types:
-        return None
-    return numpy_helper.from_array(np.array(helper.get_attribute_value(attribute), types[attribute.name]))
 
 
 def _spell_out_padding(model: onnx.ModelProto) -> None:

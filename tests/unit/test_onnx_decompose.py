@@ -1,13 +1,14 @@
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 from onnx_models import ModelBuilder, dense_model, tucker_model
 from test_onnx_model import branching_model
 
 from tdc_tvm.compiled_model import random_inputs
 from tdc_tvm.errors import TdcError
 from tdc_tvm.onnx_decompose import decompose_onnx, tucker_layer_names
-from tdc_tvm.onnx_model import array, constants, conv_nodes, freeze_shapes, load_onnx, metadata
+from tdc_tvm.onnx_model import array, constants, conv_nodes, freeze_shapes, load_onnx, metadata, parameter_count
 from tdc_tvm.plan import DecompositionPlan, Ranks
 from tdc_tvm.verify import reference_outputs
 
@@ -107,12 +108,14 @@ def test_every_layer_is_reported_with_its_reason():
     x = b.conv(x, 8, 8, 3, name="grouped", group=2, **same)
     x = b.conv(x, 8, 8, 3, name="depthwise", group=8, **same)
     x = b.node("Conv", x, b.input("w", (8, 8, 3, 3)), name="free", **same)
+    x = b.node("Conv", x, b.node("Mul", "w", b.weight(np.float32(2)), name="scale"), name="scaled", **same)
     x = b.conv(x, 8, 2, 3, name="narrow", **same)
     model, report, _ = decomposed(b.build(x), (4, 4))
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["dense"] == "ranks given for all layers"
     assert (reasons["point"], reasons["grouped"], reasons["depthwise"]) == ("1x1", "grouped", "depthwise")
-    assert reasons["free"] == "its weights are not constant"
+    assert reasons["free"] == "its weights are an input of the model, not constant"
+    assert reasons["scaled"] == "its weights are computed by Mul scale, not constant"
     assert reasons["narrow"].startswith("ranks given for all layers, (4, 4) clamped to the layer's channels")
     assert [layer.name for layer in report.decomposed] == ["dense", "narrow"]
     again = decompose_onnx(model, (2, 2))
@@ -120,6 +123,27 @@ def test_every_layer_is_reported_with_its_reason():
     assert {layer.reason for layer in again.layers if layer.name.startswith("dense.")} == {
         "already part of the Tucker layer dense"
     }
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("op", ["Constant", "Identity"])
+def test_weights_that_are_constant_by_a_node_are_decomposed(op, copies):
+    """Two copies of one weight: exporters merge equal weights and rename them by ``Identity``."""
+    b = ModelBuilder(seed=5)
+    x = b.input("x", (1, 8, 9, 9))
+    weight = b.random((8, 8, 3, 3))
+    for i in range(copies):
+        if op == "Constant":
+            b.nodes.append(helper.make_node(op, [], [f"w{i}"], value=b.weights[0]))
+        else:
+            b.node(op, weight, out=f"w{i}")
+        x = b.node("Conv", x, f"w{i}")
+    model = b.build(x)
+    ours, report, infos = decomposed(model, (8, 8))
+    assert len(report.decomposed) == copies
+    assert parameter_count(load_onnx(model)) == 576 * copies + 576 * (op == "Constant")
+    for have, want in zip(outputs(ours, infos), outputs(model, infos), strict=True):
+        np.testing.assert_allclose(have, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_layers_that_share_weights_are_decomposed_apart():

@@ -15,6 +15,7 @@ from tdc_tvm.onnx_model import (
     conv_nodes,
     conv_shape,
     freeze_shapes,
+    infer_shapes,
     layer_names,
     load_onnx,
     metadata,
@@ -70,6 +71,31 @@ def test_the_checker_speaks():
     model.ir_version = 1000
     with pytest.raises(TdcError, match="not a valid ONNX model"):
         load_onnx(model)
+
+
+def without_output_shape(op: str) -> onnx.ModelProto:
+    domain = "" if op == "Relu" else "mine"
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", (2, 3)), ("y", None))
+    )
+    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"], domain=domain)], "net", [x], [y])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def test_an_output_without_a_shape_gets_the_inferred_one():
+    (output,) = load_onnx(without_output_shape("Relu")).graph.output
+    assert [dim.dim_value for dim in output.type.tensor_type.shape.dim] == [2, 3]
+    with pytest.raises(TdcError, match=r"declares no shape for its output 'y', and none can be inferred; declare one"):
+        load_onnx(without_output_shape("Own"))
+
+
+def test_the_declared_shape_stays_where_none_can_be_inferred():
+    model = without_output_shape("Own")
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, (2, 5)))
+    infer_shapes(model)
+    onnx.checker.check_model(model)
+    assert [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim] == [2, 5]
 
 
 def test_the_given_model_is_left_alone():
@@ -269,8 +295,12 @@ def test_shapes_become_static(inputs, options, expected):
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        ({"x": ("N", 3)}, {}, r"'x' has the dynamic shape \(N, 3\) without bounds; pass batch=1"),
-        ({"x": (1, 3, "H", "W")}, {"batch": 1}, r"\(1, 3, H, W\) without bounds; pass input_shapes=\{'x': \(...\)\}"),
+        ({"x": ("N", 3)}, {}, r"'x' has the dynamic shape \(N, 3\) without bounds; pass batch=1 \(--batch 1\)"),
+        (
+            {"x": (1, 3, "H", "W")},
+            {"batch": 1},
+            r"\(1, 3, H, W\) without bounds; pass input_shapes=\{'x': \(...\)\} \(--input-shape x:",
+        ),
         ({"x": ("N", 3), "y": (1, "L")}, {"batch": 1}, r"'y' has the dynamic shape \(1, L\)"),
         ({"x": ("N", 3)}, {"batch": 0}, "every extent must be at least 1"),
         ({"x": (1, 3)}, {"batch": 8}, r"batch=8 fits no input, the model's shapes are fixed \(x \(1, 3\)\)"),
@@ -281,6 +311,8 @@ def test_shapes_become_static(inputs, options, expected):
         ({"x": ("N", 3)}, {"input_shapes": {"x": ("1", 3)}}, "expected whole numbers, such as"),
         ({"x": ("N", 3)}, {"input_shapes": {"x": (1.5, 3)}}, "expected whole numbers, such as"),
         ({"x": ("N", 3)}, {"input_shapes": {"x": (-1, 3)}}, "every extent must be at least 1"),
+        ({"x": ("N", 3)}, {"input_shapes": [(1, 3)]}, r"input_shapes is \[\(1, 3\)\]; expected names with shapes"),
+        ({"x": ("N", 3)}, {"batch": "1"}, "batch is '1'; expected a whole number"),
         ({"x": (None, 3)}, {}, r"dynamic shape \(\?, 3\) without bounds"),
     ],
 )
