@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -138,7 +139,7 @@ class DecompositionPlan:
                 raise TdcError(f"{path} is not valid YAML: {error}") from None
         else:
             try:
-                data = json.loads(text)
+                data = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, path))
             except json.JSONDecodeError as error:
                 raise TdcError(f"{path} is not valid JSON: {error}") from None
         return DecompositionPlan.from_dict(data, str(path))
@@ -276,6 +277,15 @@ class DecompositionReport:
         return tuple(layer for layer in self.layers if layer.decomposed)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Which convolutions are not decomposed, a line for each reason."""
+        kept: dict[str, list[str]] = defaultdict(list)
+        for layer in self.layers:
+            if not layer.decomposed:
+                kept[layer.reason].append(layer.name)
+        return tuple(f"not decomposed ({reason}): {_enumeration(names)}" for reason, names in kept.items())
+
+    @property
     def params(self) -> tuple[int, int]:
         """Weights of all convolutions, before and after."""
         return sum(layer.params_before for layer in self.layers), sum(layer.params_after for layer in self.layers)
@@ -347,12 +357,14 @@ def decompose_layers(
         _check_plan(spec, layers)
     reports, factors = [], {}
     for layer in layers:
-        chosen, reason = _choose(layer, spec)
-        error = None
-        if chosen is not None and factorize:
-            factors[layer.name] = tucker2(layer.kernel, chosen)
-            error = factors[layer.name].relative_error
-        reports.append(_report(layer, chosen, reason, error))
+        try:
+            chosen, reason = _choose(layer, spec)
+            if chosen is not None and factorize:
+                factors[layer.name] = tucker2(layer.kernel, chosen)
+        except TdcError as error:
+            raise TdcError(f"layer {layer.name!r}: {error}") from None
+        relative_error = factors[layer.name].relative_error if layer.name in factors else None
+        reports.append(_report(layer, chosen, reason, relative_error))
     return Decomposition(DecompositionReport(tuple(reports), model), factors)
 
 
@@ -416,9 +428,12 @@ def _check_plan(plan: DecompositionPlan, layers: Sequence[ConvLayer]) -> None:
     by_name = {layer.name: layer for layer in layers}
     absent = [_with_matches(name, by_name) for name in plan.layers if name not in by_name]
     if absent:
+        is_preset = plan.model in PRESETS
+        kind = f"preset {plan.model}" if is_preset else f"plan of {plan.model}" if plan.model else "plan"
+        remedy = "use it with torchvision's model of that name, or say" if is_preset else "correct the names, or say"
         raise TdcError(
-            f"the plan names {len(absent)} layer(s) that the model does not have: {', '.join(absent)}; "
-            "correct the names or remove the entries"
+            f"the {kind} names {len(absent)} layer(s) that the model does not have: {_enumeration(absent)}; "
+            f"{remedy} ranks or an energy for all layers"
         )
     for name, ranks in plan.layers.items():
         layer = by_name[name]
@@ -427,6 +442,22 @@ def _check_plan(plan: DecompositionPlan, layers: Sequence[ConvLayer]) -> None:
                 f"the plan names layer {name!r}, which cannot be decomposed ({layer.obstacle}); remove the entry"
             )
         check_ranks(ranks, layer.kernel.shape[:2], f"layer {name!r}")
+
+
+def _enumeration(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+def _object(pairs: list[tuple[str, Any]], path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object; of equal keys, Python's reader would keep the last."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({repr(key) for key in keys if keys.count(key) > 1})
+        raise TdcError(f"{path} has keys more than once: {_enumeration(repeated)}; keep one of each")
+    return data
 
 
 def _with_matches(name: str, known: Iterable[str]) -> str:

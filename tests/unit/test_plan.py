@@ -63,6 +63,10 @@ def test_the_file_says_which_rank_is_which(tmp_path):
         ('{"format_version": 1, "layers": []}', "'layers' of .* is a list"),
         ('{"format_version": 1, "model": 3, "layers": {}}', "'model' of .* is 3; expected text"),
         ('{"format_version": 1, "layers": {"a": [3, 4]}}', "layer 'a' of .* is a list"),
+        (
+            '{"format_version": 1, "layers": {"a": {"rank_out": 3, "rank_in": 2}, "a": {"rank_out": 4, "rank_in": 2}}}',
+            "plan.json has keys more than once: 'a'; keep one of each",
+        ),
         ('{"format_version": 1, "layers": {"a": {"rank_out": 3}}}', "layer 'a' of .* lacks rank_in"),
         ('{"format_version": 1, "layers": {"a": {"rank_out": 3, "rank_in": 0}}}', "must be at least 1"),
         ('{"format_version": 1, "layers": {"a": {"rank_out": 3, "rank_in": 1.5}}}', "two whole numbers"),
@@ -188,6 +192,11 @@ def test_energy_keeps_layers_that_would_not_shrink_but_a_plan_does_not():
     [
         ({"body.conv": (2, 2)}, r"'body.conv' \(did you mean 'body.conv1'"),
         ({"nothing": (2, 2), "like": (1, 1)}, "2 layer.s. that the model does not have"),
+        (
+            DecompositionPlan({"nothing": (2, 2)}, "mine"),
+            "the plan of mine names 1 layer.* 'nothing'; correct the",
+        ),
+        ("resnet18", r"the preset resnet18 names 16 layer.s. .* and 11 more; use it with torchvision's model"),
         ({"stem": (2, 4)}, "rank_in of layer 'stem' is 4; it must be from 1 to 3, the number of input channels"),
         ({"stem": (9, 3)}, "rank_out of layer 'stem' is 9; it must be from 1 to 8"),
         ({"body.shortcut": (2, 2)}, r"'body.shortcut', which cannot be decomposed \(1x1\)"),
@@ -197,6 +206,21 @@ def test_energy_keeps_layers_that_would_not_shrink_but_a_plan_does_not():
 def test_plans_that_do_not_fit(plan, message):
     with pytest.raises(TdcError, match=message):
         decompose_layers(LAYERS, plan)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), 0.5])
+def test_a_layer_that_cannot_be_factorised_is_named(ranks):
+    with pytest.raises(TdcError, match="layer 'bad': the kernel has NaN or infinite weights"):
+        decompose_layers([conv("good", 4, 4, 3, 3), ConvLayer("bad", np.full((4, 4, 3, 3), np.nan))], ranks)
+
+
+def test_notes_name_what_is_kept_by_reason():
+    points = [conv(f"point{i}", 4, 4, 1, 1) for i in range(7)]
+    report = decompose_layers([conv("a", 4, 4, 3, 3), *points, conv("b", 4, 4, 3, 3)], {"a": (2, 2)}).report
+    assert report.notes == (
+        "not decomposed (1x1): point0, point1, point2, point3, point4 and 2 more",
+        "not decomposed (not in the plan): b",
+    )
 
 
 def test_refuses_layers_of_one_name():
