@@ -190,6 +190,8 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     TdcError
         If the file is missing, not a library of this project, truncated, or of another format version.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TdcError(f"a library is given by its path; found {type(path).__name__}")
     try:
         with open(path, "rb") as file:
             magic = file.read(4)

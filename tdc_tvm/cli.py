@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tdc_tvm import __version__
 from tdc_tvm.errors import TdcError
 
 # Names of layers and files may hold brackets, which rich would take for its markup.
@@ -34,6 +35,21 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"tdc_tvm {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 class Precision(str, Enum):
@@ -76,7 +92,7 @@ AtolOption = Annotated[
 RtolOption = Annotated[
     float, typer.Option("--rtol", min=0, metavar="X", help="Tolerance relative to an output's largest magnitude.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random input.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of random input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
 
 
@@ -267,7 +283,16 @@ def verify(
 
     compiled = load(library)
     proto = load_onnx(model)
-    freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    ours, theirs = [info.name for info in compiled.inputs], [value.name for value in proto.graph.input]
+    if ours != theirs:
+        raise TdcError(
+            f"{library} takes the inputs {', '.join(ours)}, {model} takes {', '.join(theirs)};"
+            " expected the model that the library was built from"
+        )
+    try:
+        freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    except TdcError as error:
+        raise TdcError(f"{library} was not built from {model}: {error}") from None
     result = compare(compiled, proto, atol=atol, rtol=rtol, seed=seed)
     if as_json:
         _print_json(asdict(result))

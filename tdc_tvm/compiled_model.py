@@ -92,9 +92,10 @@ class CompiledModel:
         """
         values = self._bind(args, kwargs)
         wants_torch = any(_is_torch(value) for value in values)
+        main = self.machine["main"]  # first: it says what is wrong where there is no such device
         tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
         with self._lock:  # TVM's virtual machine runs one call at a time
-            result = self.machine["main"](*tensors)
+            result = main(*tensors)
         results = (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
         if wants_torch:
             torch = sys.modules["torch"]
@@ -125,8 +126,8 @@ class CompiledModel:
 
     def prepared_call(self, values: list[np.ndarray]) -> Callable[[], None]:
         """A call that runs the model to its end on inputs that are copied to the device now."""
-        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
         main, device = self.machine["main"], self.device
+        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
 
         def call() -> None:
             with self._lock:
@@ -242,8 +243,15 @@ def _check(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:
         raise TdcError(f"input {info.name!r} has dtype {dtype}; expected {info.dtype} (convert it first)")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed of random input."""
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise TdcError(f"the seed is {seed!r}; expected a whole number from 0 on")
+
+
 def random_inputs(inputs: tuple[TensorInfo, ...], seed: int) -> list[np.ndarray]:
     """Seeded random arrays for a model's inputs: standard normal, or small whole numbers for integer types."""
+    check_seed(seed)
     rng = np.random.default_rng(seed)
     arrays = []
     for info in inputs:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import onnx
 import tvm
+from onnx import helper
 from tvm import relax
 from tvm.target import Target
 
 from tdc_tvm.artifact import Metadata, ObjectFiles, check_runs_here, cxx_compiler, host_features
-from tdc_tvm.compiled_model import CompiledModel
+from tdc_tvm.compiled_model import CompiledModel, check_seed
 from tdc_tvm.cuda_toolchain import cuda_compiler
 from tdc_tvm.errors import TdcError
 from tdc_tvm.onnx_decompose import conv_shape, decompose_onnx, tucker_layer_names
@@ -41,6 +42,7 @@ from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.targets import resolve_target
+from tdc_tvm.verify import check_tolerances
 from tdc_tvm.verify import verify as verify_model
 
 PRECISIONS = ("fp32",)
@@ -106,6 +108,8 @@ def build(
     >>> compiled.export_library("resnet18.so")              # doctest: +SKIP
     """
     start = time.perf_counter()
+    check_tolerances(atol, rtol)
+    check_seed(seed)
     cxx_compiler()
     job = _prepare(model, target, precision, decompose, input_shapes, batch, progress)
     reference = onnx.ModelProto()
@@ -120,7 +124,7 @@ def build(
             lines = "\n".join(f"  {layer.name}: {layer.reason}" for layer in report.unfused)
             raise TdcError(
                 f"{len(report.unfused)} Tucker layer(s) are not one operator, and full fusion is required:\n{lines}\n"
-                "Change the model as the reasons say, or build without require_full_fusion"
+                "Change the model as the reasons say, or build without require_full_fusion (--require-full-fusion)"
             )
         outputs = _outputs(job.proto, mod)
         progress("generating code")
@@ -175,6 +179,7 @@ class _Job:
     device: DeviceSpec
     precision: str
     source_sha256: str
+    notes: tuple[str, ...]
 
     def report(self, mod: tvm.IRModule) -> BuildReport:
         return BuildReport(
@@ -184,6 +189,7 @@ class _Job:
             layers=tuple(layers_of(mod)),
             macs=_macs(self.proto),
             parameters=parameter_count(self.proto),
+            notes=self.notes,
         )
 
 
@@ -209,11 +215,12 @@ def _prepare(
         digest.update(node.SerializeToString(deterministic=True))
     check_operators(proto)
     inputs = freeze_shapes(proto, input_shapes, batch)
+    notes: tuple[str, ...] = ()
     if decompose is not None:
         progress("decomposing")
-        decompose_onnx(proto, decompose)
+        notes = decompose_onnx(proto, decompose).notes
         freeze_shapes(proto, {info.name: info.shape for info in inputs})
-    return _Job(proto, inputs, resolved, device, precision, digest.hexdigest())
+    return _Job(proto, inputs, resolved, device, precision, digest.hexdigest(), notes)
 
 
 def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
@@ -247,7 +254,13 @@ def _outputs(proto: onnx.ModelProto, mod: tvm.IRModule) -> tuple[TensorInfo, ...
                 f"the shape of output {value.name!r} depends on the input's values; only static shapes can be built:"
                 " take that operator out of the model"
             )
-        infos.append(TensorInfo(value.name, tuple(int(extent) for extent in field.shape.values), str(field.dtype)))
+        declared, found = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name, str(field.dtype)
+        if found != declared:
+            raise TdcError(
+                f"output {value.name!r} is declared as {declared}, and TVM computes it as {found};"
+                " take that output out of the model"
+            )
+        infos.append(TensorInfo(value.name, tuple(int(extent) for extent in field.shape.values), found))
     return tuple(infos)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import numpy as np
 import onnx
 
@@ -41,8 +44,15 @@ def reference_session(model: onnx.ModelProto, threads: int | None = None):
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise TdcError(
             f"ONNX Runtime cannot load the model to verify against: {str(error).strip()};"
-            " verify=False builds without it"
+            " verify=False (--no-verify) builds without it"
         ) from None
+
+
+def check_tolerances(atol: float, rtol: float) -> None:
+    """Refuse what is no tolerance."""
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise TdcError(f"{name} is {value!r}; expected a number from 0 on, such as 1e-4")
 
 
 def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol: float, seed: int = 0) -> Verification:
@@ -62,8 +72,9 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
     Raises
     ------
     TdcError
-        If an output differs by more, has another shape, or is not finite where the reference is.
+        If an output differs by more, has another shape or type, or is not finite where the reference is.
     """
+    check_tolerances(atol, rtol)
     values = random_inputs(compiled.inputs, seed)
     ours = compiled.run(*values)
     ours = ours if isinstance(ours, tuple) else (ours,)
@@ -75,6 +86,8 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
     for info, have, want in zip(compiled.outputs, ours, expected, strict=True):
         if have.shape != want.shape:
             raise TdcError(f"output {info.name!r} has shape {have.shape}; ONNX Runtime gives {want.shape}")
+        if have.dtype != want.dtype:
+            raise TdcError(f"output {info.name!r} is {have.dtype}; ONNX Runtime gives {want.dtype}")
         want64, have64 = want.astype(np.float64), have.astype(np.float64)
         agree = (want64 == have64) | (np.isnan(want64) & np.isnan(have64))
         with np.errstate(invalid="ignore"):  # infinity less infinity, where both agree
@@ -89,7 +102,8 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
                 f"verification failed: output {info.name!r} differs from ONNX Runtime by {error:.3g}"
                 f" at magnitude {scale:.3g};"
                 f" allowed are atol {atol:g} + rtol {relative:g} x magnitude = {atol + relative * scale:.3g}."
-                " Pass larger tolerances if that is acceptable, verify=False to skip, or report it"
+                " Is this the model that was compiled? If it is, and the difference is acceptable, pass larger atol"
+                " (--atol) or rtol (--rtol), or build with verify=False (--no-verify); if it is not, report it"
             )
         worst = max(worst, error)
         details.append(f"{info.name} differs by {error:.2g} at magnitude {scale:.2g}")

@@ -192,10 +192,32 @@ def test_success_from_outside_writes_nothing_to_standard_error(model_path, tmp_p
     assert json.loads(done.stdout)["output"] == str(tmp_path / "m.so")
 
 
-def test_a_wrong_flag_is_explained():
-    result = CliRunner().invoke(cli.main, ["build", "m.onnx", "--taget", "llvm"], env={"COLUMNS": "100"})
+def test_the_version():
+    assert tdc("--version") == f"tdc_tvm {tdc_tvm.__version__}\n"
+
+
+def test_a_library_is_verified_with_its_own_model(library, two_inputs, tmp_path):
+    from conftest import make_two_input_model
+
+    onnx.save(make_two_input_model(), tmp_path / "two.onnx")
+    with pytest.raises(TdcError, match=r"tiny.so takes the inputs x, .*two.onnx takes in/put.1, self; expected the"):
+        tdc("verify", library, tmp_path / "two.onnx")
+    model = make_two_input_model()
+    two_inputs.export_library(tmp_path / "two.so")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("out:0", 1, (3, 3)))
+    onnx.save(model, tmp_path / "wide.onnx")
+    with pytest.raises(TdcError, match=r"two.so was not built from .*wide.onnx: input 'in/put.1' is declared as"):
+        tdc("verify", tmp_path / "two.so", tmp_path / "wide.onnx")
+
+
+@pytest.mark.parametrize("flags", [("--seed", -1), ("--taget", "llvm")])
+def test_a_wrong_flag_is_explained(flags):
+    arguments = ["build", "m.onnx", "-o", "m.so", *map(str, flags)]
+    result = CliRunner().invoke(cli.main, arguments, env={"COLUMNS": "100"})
     assert result.exit_code == 2
-    assert "No such option: --taget" in result.output
+    assert flags[0] in result.output
 
 
 @pytest.mark.parametrize("command", ["compress", "build", "run", "verify", "bench", "inspect", "env"])

@@ -255,8 +255,19 @@ def test_a_cuda_library_carries_machine_code(model_path, tmp_path, arch):
     if not tvm.cuda(0).exist:
         assert model.report.verification.status == "skipped"
         assert "no usable GPU" in model.report.verification.detail
-        with pytest.raises(TdcError, match="no usable GPU; build it for 'llvm'"):
-            tdc_tvm.load(path)
+        for call in (
+            lambda: tdc_tvm.load(path),
+            lambda: model.run(np.zeros((1, 8, 6, 6), np.float32)),
+            model.benchmark,
+        ):
+            with pytest.raises(TdcError, match="no usable GPU; build it for 'llvm'"):
+                call()
+
+
+@pytest.mark.parametrize("path", [None, 3, b"m.so"])
+def test_what_is_no_path(path):
+    with pytest.raises(TdcError, match=f"a library is given by its path; found {type(path).__name__}"):
+        tdc_tvm.load(path)
 
 
 def test_linking_for_another_machine_asks_for_a_cross_compiler(tucker_model, tmp_path):

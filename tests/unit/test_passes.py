@@ -423,6 +423,7 @@ def test_decomposing_at_compile_time_is_verified_and_reported():
     compiled = build(dense_model((8, 8, 8)), "llvm", decompose={"body": (3, 2)})
     assert compiled.report.verification.status == "passed"
     assert {(layer.name, layer.ranks) for layer in compiled.report.layers} == {("stem", None), ("body", (3, 2))}
+    assert compiled.report.notes == ("not decomposed (not in the plan): stem",)
 
 
 def pixel_shuffle(b, y):
@@ -587,6 +588,30 @@ def test_what_the_importer_refuses_is_a_users_error(make, operator, capfd):
     with pytest.raises(TdcError, match=rf"TVM cannot import the operator {operator}: .*\nCheck the model with"):
         plan_build(make(), "llvm")
     assert "Error converting" not in capfd.readouterr().out
+
+
+def with_second_output(op, dtype, **attributes):
+    def make():
+        b, x = builder()
+        b.nodes.append(helper.make_node(op, [x], ["first", "second"], name="layer", **attributes))
+        b.output("first")
+        b.output("second", dtype)
+        return b.build()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (with_second_output("Dropout", "bool"), "output 'second' is declared as bool, and TVM computes it as float32"),
+        (with_second_output("MaxPool", "int64", kernel_shape=[2, 2]), r"first output of MaxPool.*\(layer: second\)"),
+    ],
+    ids=["Dropout", "MaxPool"],
+)
+def test_second_outputs_that_tvm_does_not_compute(make, message):
+    with pytest.raises(TdcError, match=message):
+        build(make(), "llvm", verify=False)
 
 
 def test_freezing_is_enough_for_the_passes():

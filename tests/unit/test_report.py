@@ -107,7 +107,8 @@ def test_a_right_model_passes(compiled, tucker_model, seed):
 
 def test_a_wrong_model_fails_with_the_numbers(compiled, tucker_model):
     with pytest.raises(
-        TdcError, match=r"output 'y' differs from ONNX Runtime by .* allowed are atol .*larger tolerances"
+        TdcError,
+        match=r"output 'y' differs from ONNX Runtime by .* allowed are atol .*Is this the model that was",
     ):
         verify(compiled, tucker_model(1.01), atol=1e-5, rtol=1e-4)
 
@@ -115,6 +116,23 @@ def test_a_wrong_model_fails_with_the_numbers(compiled, tucker_model):
 def test_a_build_that_is_not_exact_enough_fails(model_path):
     with pytest.raises(TdcError, match=r"verification failed: output 'y' differs"):
         tdc_tvm.build(model_path, "llvm", atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"atol": -1}, "atol is -1; expected a number from 0 on"),
+        ({"atol": "a"}, "atol is 'a'; expected a number"),
+        ({"rtol": float("nan")}, "rtol is nan; expected a number"),
+        ({"rtol": None}, "rtol is None; expected a number"),
+        ({"seed": -1}, "the seed is -1; expected a whole number from 0 on"),
+        ({"seed": 0.5}, "the seed is 0.5; expected a whole number"),
+        ({"seed": -1, "verify": False}, "the seed is -1"),
+    ],
+)
+def test_impossible_options_are_refused_ahead_of_the_work(options, message):
+    with pytest.raises(TdcError, match=message):
+        tdc_tvm.build("absent.onnx", "llvm", **options)
 
 
 def test_zero_tolerances_need_equal_numbers(two_inputs):
@@ -137,6 +155,7 @@ class Fake:
         (lambda y: np.where(np.arange(6) == 3, np.nan, y), "differs from ONNX Runtime by nan"),
         (lambda y: np.where(np.arange(6) == 3, np.inf, y), "differs from ONNX Runtime by inf"),
         (lambda y: y[:, :4], r"has shape \(1, 4, 6, 6\); ONNX Runtime gives \(1, 8, 6, 6\)"),
+        (lambda y: y.astype(np.float64), "output 'y' is float64; ONNX Runtime gives float32"),
         (lambda y: (y, y), "the compiled model has 2 outputs, ONNX Runtime gives 1"),
     ],
 )
