@@ -21,7 +21,7 @@ from tdc_tvm.plan import (
     decompose_layers,
     parse_ranks,
 )
-from tdc_tvm.training.inputs import Example, copy_model, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, check_model, copy_model, eval_mode, example_inputs, run_model
 from tdc_tvm.tucker import TuckerFactors, check_ranks, tucker2
 
 
@@ -216,6 +216,7 @@ def apply_plan(
 def _decompose(
     model: nn.Module, ranks: RankSpec, example: Example | None, inplace: bool, init: bool
 ) -> tuple[nn.Module, DecompositionReport]:
+    check_model(model)
     if not inplace:
         model = copy_model(model)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
@@ -259,11 +260,14 @@ def _layers(
 def _keep_reason(conv: _ConvNd) -> str | None:
     if isinstance(conv.weight, nn.UninitializedParameter):
         return "lazy: its shape is not known before the first run"
+    if "weight" not in conv._parameters:
+        return (
+            "its weight is computed; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations,"
+            " torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove)"
+        )
     if type(conv) is not nn.Conv2d:
         kind = "a subclass of Conv2d" if isinstance(conv, nn.Conv2d) else "not a Conv2d"
         return f"{type(conv).__name__} is {kind}"
-    if "weight" not in conv._parameters:
-        return "its weight is computed (weight norm or pruning); remove the reparametrisation first"
     return None
 
 

@@ -19,7 +19,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.plan import DecompositionPlan
 from tdc_tvm.training.decompose import TuckerConv2d
-from tdc_tvm.training.inputs import Example, copy_model, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, check_model, copy_model, eval_mode, example_inputs, run_model
 
 # Protocol buffers end at 2 GiB; the rest is room for the graph.
 MAX_WEIGHT_BYTES = 2**31 - 2**26
@@ -68,6 +68,7 @@ def export_onnx(
         If the model does not run on the example, cannot be exported, has more weights than an ONNX
         file holds (2 GiB), differs from PyTorch in ONNX Runtime, or the file cannot be written.
     """
+    check_model(model)
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if weight_bytes > MAX_WEIGHT_BYTES:
         raise TdcError(

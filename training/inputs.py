@@ -47,6 +47,12 @@ def example_inputs(model: nn.Module, example: Example) -> tuple[torch.Tensor, ..
     )
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no PyTorch model."""
+    if not isinstance(model, nn.Module):
+        raise TdcError(f"a model is a torch.nn.Module; found {type(model).__name__}")
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy of a model.
 

@@ -176,6 +176,7 @@ class Untraceable(nn.Module):
     ("model", "example", "message"),
     [
         (nn.Conv2d(3, 4, 3), (1, 4, 8, 8), "does not run on inputs of shape"),
+        (3, (1, 3, 8, 8), "a model is a torch.nn.Module; found int"),
         (nn.Conv2d(3, 4, 3), "input", "an example input is"),
         (Untraceable(), (1, 4), "cannot export Untraceable"),
         (nn.Linear(30000, 30000, device="meta"), (1, 30000), r"take 3.35 GiB; an ONNX file holds less than 2 GiB"),
