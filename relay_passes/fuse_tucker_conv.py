@@ -19,8 +19,8 @@ class FuseTuckerConv:
     """Outline every chain of three convolutions 1x1 -> kxk -> 1x1 as one Tucker convolution.
 
     Biases may stand after any of the three; residual and activation after the last go along.  A
-    chain that has the form but fails a guard stays as it is, and its reason is added to the
-    module's layer reports.
+    chain that has the form but fails a guard stays as it is, and so does a layer that the metadata
+    names but that has another form; the reason is added to the module's layer reports.
 
     Parameters
     ----------
@@ -37,7 +37,15 @@ class FuseTuckerConv:
         claimed: set[tvm.relax.Var] = set()
         chains: list[Chain] = []
         refused: list[LayerReport] = []
-        for stages in _candidates(graph):
+        candidates = list(_candidates(graph))
+        cores = {stages[1].var for stages in candidates}
+        for conv in graph.convs.values():
+            if conv.name in self.layer_names and conv.var not in cores:
+                reason = "other operators, such as a Pad that is not with zeros, stand between its convolutions"
+                ranks = (conv.shape.out_channels, conv.shape.in_channels)
+                name = self.layer_names[conv.name]
+                refused.append(LayerReport(name, "tucker_conv", f"{conv.shape}", ranks, False, reason))
+        for stages in candidates:
             name = self._name(stages, graph)
             shared = next((taken[stage.var] for stage in stages if stage.var in taken), None)
             reason = f"one of its convolutions already belongs to {shared}" if shared else _reason(graph, stages)

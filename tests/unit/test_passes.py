@@ -419,6 +419,19 @@ def test_the_metadata_name_a_layer():
     assert [layer.ranks for layer in layers] == [(8, 8)] * 2
 
 
+def test_a_named_layer_with_padding_of_its_own_says_why_it_is_not_fused():
+    """As PyTorch exports ``padding_mode="reflect"``."""
+    b, x = builder()
+    y = b.node("Pad", b.conv(x, 8, 4), b.weight(np.array([0, 0, 1, 1] * 2)), mode="reflect")
+    y = b.conv(b.conv(y, 4, 5, 3, name="core"), 5, 8)
+    model = b.build(y)
+    helper.set_model_props(model.graph.node[2], {"tdc.layer": "layer", "tdc.stage": "core"})
+    layers = build_and_compare(model)
+    assert [(layer.name, layer.ranks) for layer in layers if layer.kind == "tucker_conv"] == [("layer", (5, 4))]
+    with pytest.raises(TdcError, match=r"  layer: other operators, such as a Pad .* stand between its convolutions"):
+        build(model, "llvm", require_full_fusion=True)
+
+
 def test_decomposing_at_compile_time_is_verified_and_reported():
     compiled = build(dense_model((8, 8, 8)), "llvm", decompose={"body": (3, 2)})
     assert compiled.report.verification.status == "passed"
