@@ -126,9 +126,9 @@ def import_onnx(model: onnx.ModelProto, conv_names: Sequence[str]) -> tvm.IRModu
     except Exception as error:  # whatever an operator's converter raises
         if missing := re.search(r"Missing outputs during conversion\. .* in (\w+)", str(error)):
             nodes = [n for n in model.graph.node if n.op_type == missing[1] and len(n.output) > 1]
-            outputs = "; ".join(f"{n.name or n.output[0]}: {', '.join(n.output[1:])}" for n in nodes)
+            more = "; ".join(f"{n.name or n.output[0]}: {', '.join(n.output[1:])}" for n in nodes)
             raise TdcError(
-                f"TVM computes only the first output of {missing[1]}, and the model has more ({outputs});"
+                f"TVM computes only the first output of {missing[1]}, and the model has more ({more});"
                 " take them out of the model"
             ) from error
         # The importer prints which operator it was.
