@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,42 @@ import tvm
 from tvm.target import Target
 
 from tdc_tvm.errors import TdcError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What microbenchmarks (`tdc_tvm.probe`) find of a GPU that datasheets omit.
+
+    Parameters
+    ----------
+    launch_us, dependent_launch_us : float
+        A kernel inside a CUDA graph; the same where it was launched before the one before had ended.
+    barrier_us, cluster_barrier_us, grid_barrier_us : float
+        A barrier of a block, of a cluster of 8 blocks, and of a grid that fills the GPU.
+    l2_latency_us : float
+        A load that depends on the one before.
+    dram_bytes_per_s, l2_bytes_per_s, l2_bytes_per_s_per_core : float
+        Read from memory by all processors, from the L2 cache by all, and by one alone.
+    shared_bytes_per_s_per_core : float
+        Read from one processor's shared memory.
+    fma_flops_per_s : float
+        FP32 on CUDA cores, a fused multiply-add counted as two.
+    mma_flops_per_s : dict of str to float
+        Tensor cores by ``mma.sync`` with FP32 sums, by precision.
+    """
+
+    launch_us: float
+    dependent_launch_us: float
+    barrier_us: float
+    cluster_barrier_us: float
+    grid_barrier_us: float
+    l2_latency_us: float
+    dram_bytes_per_s: float
+    l2_bytes_per_s: float
+    l2_bytes_per_s_per_core: float
+    shared_bytes_per_s_per_core: float
+    fma_flops_per_s: float
+    mma_flops_per_s: Mapping[str, float] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,8 @@ class DeviceSpec:
         Cost of starting one kernel (GPU) or one parallel region (CPU).
     source : str
         Where the numbers come from.
+    probe : Probe or None
+        Of a GPU: measured, or scaled by datasheets from one that was; None of a CPU.
     """
 
     name: str
@@ -62,6 +101,7 @@ class DeviceSpec:
     vector_bytes: int
     launch_us: float
     source: str
+    probe: Probe | None = None
 
     @property
     def compute_capability(self) -> int:
@@ -126,26 +166,42 @@ def _gpu(
     optin_kb: int,
     source: str,
 ) -> DeviceSpec:
-    """One GPU from datasheet figures; ``launch_us`` is a kernel inside a CUDA graph, measured on an H100.
+    """One GPU from datasheet figures, and microbenchmarks of an H100.
 
     ``tensor_tflops`` are dense TF32 and FP16 with FP32 sums; BF16 runs like FP16 where there is TF32.
     """
     tf32, fp16 = (1e12 * rate for rate in tensor_tflops)
+    tensor = {"tf32": tf32, "bf16": fp16, "fp16": fp16} if tf32 else {"fp16": fp16}
+    probe = _scaled_probe(sms * mhz, mhz, tflops * 1e12, tensor, gbs * 1e9)
+    optin = optin_kb * 1024
     return DeviceSpec(
-        name,
-        "cuda",
-        arch,
-        sms,
-        mhz * 1e6,
-        tflops * 1e12,
-        {"tf32": tf32, "bf16": fp16, "fp16": fp16} if tf32 else {"fp16": fp16},
-        gbs * 1e9,
-        int(l2_mb * 2**20),
-        48 * 1024,
-        optin_kb * 1024,
-        0,
-        1.2,
-        source,
+        name, "cuda", arch, sms, mhz * 1e6, tflops * 1e12, tensor, gbs * 1e9, int(l2_mb * 2**20), 48 * 1024, optin, 0,
+        probe.launch_us, source, probe,
+    )  # fmt: skip
+
+
+# The H100 that was measured: its processors times clock, clock, and peaks as in the table below.
+_MEASURED = json.loads((Path(__file__).parent / "devices" / "h100.json").read_text())["measured"]
+_MEASURED_CORES_MHZ, _MEASURED_MHZ, _MEASURED_FP32, _MEASURED_DRAM = 132 * 1980, 1980, 66.9e12, 3350e9
+_MEASURED_TENSOR = {"tf32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}
+_MMA_NAMES = {"tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _scaled_probe(cores_mhz: float, mhz: float, fp32: float, tensor: Mapping[str, float], dram: float) -> Probe:
+    """The H100's measurements, scaled: times by the clock, rates by what the datasheets promise."""
+    clock, chip = mhz / _MEASURED_MHZ, cores_mhz / _MEASURED_CORES_MHZ
+    times = {name: value / clock for name, value in _MEASURED.items() if name.endswith("_us")}
+    return Probe(
+        **times,
+        dram_bytes_per_s=_MEASURED["dram_bytes_per_s"] * dram / _MEASURED_DRAM,
+        l2_bytes_per_s=_MEASURED["l2_bytes_per_s"] * chip,
+        l2_bytes_per_s_per_core=_MEASURED["l2_bytes_per_s_per_core"] * clock,
+        shared_bytes_per_s_per_core=_MEASURED["shared_bytes_per_s_per_core"] * clock,
+        fma_flops_per_s=_MEASURED["fma_flops_per_s"] * fp32 / _MEASURED_FP32,
+        mma_flops_per_s={
+            precision: _MEASURED[f"mma_{_MMA_NAMES[precision]}_flops_per_s"] * rate / _MEASURED_TENSOR[precision]
+            for precision, rate in tensor.items()
+        },
     )
 
 

@@ -80,8 +80,8 @@ class Chain:
         self.part, self.epilogue, self.buffers = part, epilogue, buffers
         self.unit = part.unit
         self.last = part.last
-        # The mailboxes come first.
-        places, at = [], part.mailbox_words
+        # Mailboxes and biases come first.
+        places, at = [], part.bias_at(len(part.stages))
         for stage in range(len(part.stages)):
             places.append(at)
             at += part.input_words(stage)
@@ -158,8 +158,17 @@ class Chain:
                 barrier()
 
     def copy_weights(self, stage: int) -> None:
-        """Begin to copy a stage's weights into shared memory."""
-        part = self.part
+        """Begin to copy a stage's weights and biases into shared memory."""
+        part, bias = self.part, self.buffers.biases[stage]
+        if bias is not None:
+            count = part.slice_channels(stage)
+            bias_start = T.Bind(self.rank * count)
+
+            def copy_bias(vector: ir.Expr) -> None:
+                to, from_ = self.place(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
+                run("tdc_copy", to, from_, tirx.const(True, "bool"))
+
+            self.each(count // 4, copy_bias)
         if not part.weights_shared[stage]:
             return
         vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
@@ -462,11 +471,12 @@ class Chain:
 
     def finish(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Add the bias to sums and hand them on: to the next stage, or to the output."""
-        rows, bias = self.part.works[stage].rows, self.buffers.biases[stage]
-        channel = T.Bind(self.rank * self.part.slice_channels(stage) + channel)
-        if bias is not None:
+        part, rows = self.part, self.part.works[stage].rows
+        if self.buffers.biases[stage] is not None:
             with unrolled(rows) as row:
-                T.buffer_store(values, values[row] + bias[channel + row], [row])
+                bias = self.shared[part.bias_at(stage) + channel + row]
+                T.buffer_store(values, values[row] + bias, [row])
+        channel = T.Bind(self.rank * part.slice_channels(stage) + channel)
         if stage == self.last:
             self.store(pixel, channel, values, rows)
         else:

@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda import emit
 from tdc_tvm.schedules.cuda.emit import Load, ThreadTile
-from tdc_tvm.schedules.cuda.plan import MAX_THREADS, ceil_div, round_up
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS, REGISTERS, ceil_div, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
@@ -49,7 +49,7 @@ def reject_reason(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) 
         return f"{splits} splits do not divide {shape.in_channels} input channels in {shape.groups} groups"
     tile = _tile(shape, config)
     if not tile.fits_registers:
-        return f"needs {tile.registers * threads} registers in a block, {device.name} has {emit.REGISTERS}"
+        return f"needs {tile.registers * threads} registers in a block, {device.name} has {REGISTERS}"
     smem_bytes = 4 * tile.scratch
     if smem_bytes > device.smem_per_block_optin_bytes:
         has = device.smem_per_block_optin_bytes / 1024

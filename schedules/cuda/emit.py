@@ -12,13 +12,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.intrinsics import barrier, clip
-from tdc_tvm.schedules.cuda.plan import MAX_THREADS, WARP, ceil_div
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS, REGISTERS, WARP, ceil_div
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 from tdc_tvm.schedules.shape import Epilogue
 
-# Registers of a processor and so of a block, the same from sm_75 on.
-REGISTERS = 65536
 # Steps of a reduction whose loads are in flight together.
 UNROLL = 8
 # An L1 or shared-memory load instruction takes as long as this many multiply-adds.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tdc_tvm.schedules.cuda.plan import Number, Part, ceil_div, larger, smaller
+from tdc_tvm.schedules.cuda.plan import WARP, Number, Part, ceil_div, larger, smaller
 from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
@@ -19,44 +19,42 @@ DATA = Path(__file__).with_name("constants.json")
 
 @dataclass(frozen=True)
 class Constants:
-    """What no datasheet tells; fitted to measurements by ``scripts/oracle.py fit``.
+    """What no datasheet tells; fitted to measurements on an H100 by ``scripts/fit_model.py``.
 
     Parameters
     ----------
     launch_us : float
         From the end of one kernel to the work of the next, which was launched early.
     input_cycles : float
-        Until the first data of the kernel before arrive, and its output is on its way.
-    l2_bytes_per_cycle, chip_bytes_per_cycle : float
-        What one processor, and all of them, read from the L2 cache.
+        Until the first data of the kernel before arrive, and until its output is there.
+    copy_cycles : float
+        Of a warp for each vector of the input that its lanes copy.
     exposed : float
         Share of a first weight transfer that launching early does not hide.
-    shared_cycles : float
-        A load of 128 bytes from shared memory, on the processor.
     issue_cycles : float
-        A product (two ``mma``, or an ``fma``) on a quarter of the processor.
+        A product of a unit of depth, of a lane's row and column, on a warp.
     wait_cycles : float
-        Latency of a unit of depth: loads, then products that depend on each other.
-    item_cycles : float
-        A warp tile's addresses and results.
-    barrier_cycles, cluster_cycles : float
-        Between stages, within a block and within a cluster.
-    merge_cycles : float
-        A word of partial sums, on the processor, for 128 bytes.
+        Latency of the loads of a unit of depth.
+    stage_cycles, item_cycles : float
+        What a stage, and a warp's tile of it, take besides.
+    handover_cycles, send_cycles : float
+        Between the stages of a cluster, and of a warp for each store to another block.
+    merge_cycles, sum_cycles : float
+        Where the depth is split: once, and on the processor for 128 bytes of partial sums.
     """
 
     launch_us: float
     input_cycles: float
-    l2_bytes_per_cycle: float
-    chip_bytes_per_cycle: float
+    copy_cycles: float
     exposed: float
-    shared_cycles: float
     issue_cycles: float
     wait_cycles: float
+    stage_cycles: float
     item_cycles: float
-    barrier_cycles: float
-    cluster_cycles: float
+    handover_cycles: float
+    send_cycles: float
     merge_cycles: float
+    sum_cycles: float
 
 
 @functools.cache
@@ -93,46 +91,65 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     turns = part.rounds * waves
     cycle_us = 1e6 / device.clock_hz
 
+    assert device.probe is not None
+    core_rate, chip_rate = (
+        rate / device.clock_hz for rate in (device.probe.l2_bytes_per_s_per_core, device.probe.l2_bytes_per_s)
+    )
+
     def transfer(bytes_of_block: Number) -> Number:
-        """Cycles until co-resident blocks on all processors have read that much."""
+        """Cycles until co-resident blocks on all processors have read that much from the L2 cache."""
         at_once = smaller(part.blocks, together * device.core_count)
-        return larger(
-            together * bytes_of_block / c.l2_bytes_per_cycle, at_once * bytes_of_block / c.chip_bytes_per_cycle
-        )
+        return larger(together * bytes_of_block / core_rate, at_once * bytes_of_block / chip_rate)
+
+    # Of a processor: a vector from shared memory to each lane of a warp, and a unit's products of a row and a column.
+    load_cycles = WARP * 16 * device.clock_hz / device.probe.shared_bytes_per_s_per_core
+    product_cycles = _product_flops(part) * device.clock_hz * device.core_count / _flops_per_s(part)
 
     weights = sum(16 * part.weight_vectors(i) for i in range(len(part.stages)))
     # The next launch's copies begin early where they find room beside this one's blocks.
-    hidden = 2 * (part.smem_bytes + 1024) * together <= device.smem_per_block_optin_bytes + 1024
-    first = transfer(weights) * np.where(hidden, c.exposed, 1.0)
+    first = transfer(weights) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
     inputs = part.in_pixels(0) * part.in_width * unit.element_bytes
     outputs = part.pixels(part.last) * ceil_div(part.out_width, part.split) * unit.element_bytes
+    copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us,
         "weights": (first + (waves - 1) * transfer(weights)) * cycle_us,
-        "input": turns * (c.input_cycles + transfer(inputs)) * cycle_us,
+        "input": turns * (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us,
     }
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
         rounds = ceil_div(items, part.warps // work.splits)
-        if unit.name == "mma":
-            products = work.rows // 2 * work.columns
-            loads = 4 * (work.rows + work.columns)
-        else:
-            products = 4 * work.rows * work.columns
-            loads = work.rows + work.columns
+        products, loads = work.rows * work.columns, work.rows + work.columns
+        results = work.columns * (2 if unit.name == "mma" else 1) * larger(1, work.rows * unit.element_bytes // 16)
+        peers = part.split * part.is_cluster * (i < part.last)
+        busy = items * work.splits * share * larger(loads * load_cycles, products * product_cycles)
+        unit_cycles = c.wait_cycles + products * c.issue_cycles
+        alone = rounds * (share * unit_cycles + c.item_cycles + results * peers * c.send_cycles)
+        sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
+        merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
         missing = np.where(part.weights_shared[i], 0, transfer(16 * part.weight_vectors(i)))
-        busy = items * work.splits * share * larger(loads * c.shared_cycles, products * c.issue_cycles / 4)
-        alone = rounds * (share * (c.wait_cycles + products * c.issue_cycles) + c.item_cycles)
-        merged = part.pixels(i) * part.slice_channels(i) * work.splits * 4 / 128 * c.merge_cycles
-        merge = np.where(work.splits > 1, c.barrier_cycles + merged, 0)
-        stage = larger(together * busy, alone) + together * merge + missing
+        stage = c.stage_cycles + larger(together * busy, alone) + merge + missing
         parts[f"stage{i}"] = turns * stage * cycle_us
-    sync = np.where(part.is_cluster, c.cluster_cycles, c.barrier_cycles)
-    parts["sync"] = turns * len(part.stages) * sync * cycle_us
+    parts["handover"] = turns * part.last * part.is_cluster * c.handover_cycles * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
     return parts
+
+
+def _product_flops(part: Part) -> int:
+    """What a warp computes for one of a lane's rows and columns in a unit of depth."""
+    unit = part.unit
+    if unit.name == "fma":
+        return 2 * WARP * unit.vector
+    return 2 * 16 * unit.pixels * unit.depth // 2
+
+
+def _flops_per_s(part: Part) -> float:
+    """The measured rate of what multiplies."""
+    probe = part.device.probe
+    assert probe is not None
+    return probe.fma_flops_per_s if part.unit.name == "fma" else probe.mma_flops_per_s[part.precision]
 
 
 def latency_us(part: Part, given: Constants | None = None) -> Number:

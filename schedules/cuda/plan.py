@@ -25,6 +25,8 @@ from tdc_tvm.schedules.shape import Conv2dShape
 
 WARP = 32
 MAX_THREADS = 1024
+# Of a processor, and so of a block, the same from sm_75 on.
+REGISTERS = 65536
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
 # Channels of a slice are a multiple of this, so that vectors of results do not cross slices.
@@ -264,7 +266,14 @@ class Part:
     def works(self) -> tuple[Work, ...]:
         """How the warps share each stage."""
         return tuple(
-            choose_work(self.pixels(i), self.slice_channels(i), self.depth_units(i), self.warps, self.unit)
+            choose_work(
+                self.pixels(i),
+                self.slice_channels(i),
+                self.depth_units(i),
+                self.warps,
+                self.unit,
+                self.split * self.is_cluster * (i < self.last),
+            )
             for i in range(len(self.stages))
         )
 
@@ -322,10 +331,18 @@ class Part:
         """What a block of a cluster is sent of a stage's output, its own part included."""
         return self.pixels(stage) * self.split * self.slice_channels(stage) * self.unit.element_bytes
 
+    def bias_at(self, stage: int) -> Number:
+        """Where a stage's biases lie in shared memory, behind the mailboxes."""
+        return self.mailbox_words + sum(self.slice_channels(i) for i in range(stage))
+
     @functools.cached_property
     def fixed_words(self) -> Number:
         """Shared memory without weights."""
-        return self.mailbox_words + self.scratch_words + sum(self.input_words(i) for i in range(len(self.stages)))
+        return (
+            self.bias_at(len(self.stages))
+            + self.scratch_words
+            + sum(self.input_words(i) for i in range(len(self.stages)))
+        )
 
     @functools.cached_property
     def smem_bytes(self) -> Number:
@@ -343,7 +360,7 @@ class Part:
         """Blocks that a processor holds at the same time, registers guessed at 128 a thread."""
         # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
         by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (self.smem_bytes + 1024)
-        return larger(1, smaller(smaller(by_smem, 65536 // (128 * self.threads)), 16))
+        return larger(1, smaller(smaller(by_smem, REGISTERS // (128 * self.threads)), 16))
 
     @functools.cached_property
     def blocks(self) -> Number:
@@ -399,7 +416,7 @@ def work_options(name: str) -> np.ndarray:
     return np.array(options).T
 
 
-def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit) -> Work:
+def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit, peers: Number = 0) -> Work:
     """The division of a stage that takes the least time, by a count of cycles; of equals the first.
 
     Parameters
@@ -410,38 +427,46 @@ def choose_work(pixels: Number, channels: Number, units: int, warps: Number, uni
         Warps of the block.
     unit : Unit
         What multiplies.
+    peers : int or array
+        Blocks that each result is sent to; 0 where it stays in the block, or is the output.
     """
     rows, columns, splits = options = work_options(unit.name)
-    extents = (np.asarray(value)[..., None] for value in (pixels, channels, warps))
-    pixels_, channels_, warps_ = extents
-    allowed = (warps_ % splits == 0) & ((splits == 1) | (2 * splits <= units))
+    pixels_, channels_, warps_, peers_ = (np.asarray(value)[..., None] for value in (pixels, channels, warps, peers))
+    allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units))
     allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
     allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
-    busy, alone = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
-    best = np.where(allowed, np.maximum(busy, alone), np.inf).argmin(axis=-1)
+    # Two sets of operands, sums, addresses.
+    registers = 8 * (rows + columns) + rows * columns * (1 if unit.name == "fma" else 2) + 40
+    allowed &= registers <= np.minimum(255, REGISTERS // (WARP * warps_))
+    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit, peers_)
+    best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
     chosen = options[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
 
 
 def stage_cycles(
-    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit
-) -> tuple[Number, Number]:
-    """What a stage costs a block: cycles of the processor's units, and cycles until its last warp is done."""
-    items = ceil_div(channels, unit.row_lanes * work.rows) * ceil_div(pixels, unit.pixels * work.columns)
-    share = ceil_div(units, work.splits)
-    rounds = ceil_div(items, larger(1, warps // work.splits))
+    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit, peers: Number
+) -> Number:
+    """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
+
+    Read off the clock within kernels on an H100, rounded.
+    """
+    rows, columns, splits = work.rows, work.columns, work.splits
+    items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
+    share = ceil_div(units, splits)
+    rounds = ceil_div(items, larger(1, warps // splits))
     # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
-    loads = 4 * (work.rows + work.columns)
+    loads = 4 * (rows + columns)
     if unit.name == "mma":
-        issue = 6.6 * work.rows * work.columns + work.rows + work.columns
-        wait = larger(40.0, issue) + 15
+        issue, latency = 6.6 * rows * columns, 70 + 5.5 * rows * columns
     else:
-        issue = 4.0 * work.rows * work.columns + work.rows + work.columns
-        wait = issue + 25
-    busy = items * work.splits * share * larger(loads, issue / 4)
-    alone = rounds * (share * wait + 60)
-    merge = (work.splits > 1) * (60 + 3 * work.splits * pixels * channels * 4 / 128)
-    return busy + merge, alone + merge
+        issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
+    busy = items * splits * share * larger(loads, issue / 4)
+    results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes // 16)
+    alone = rounds * (share * latency + 100 + results * (5 + 10 * peers))
+    # The parts of a depth are written, read and added up by all threads.
+    merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32 + pixels * channels / (8 * warps) * peers)
+    return larger(busy, alone) + merge
 
 
 def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_p
 def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
     """Measurements made by the model itself, with other constants."""
     stored = model.constants()["fp16"]
-    true = replace(stored, launch_us=2 * stored.launch_us, wait_cycles=3 * stored.wait_cycles, cluster_cycles=1500.0)
+    true = replace(stored, launch_us=2 * stored.launch_us, wait_cycles=3 * stored.wait_cycles, handover_cycles=1500.0)
     records = []
     for extent, channels in ((28, 64), (14, 128), (7, 256)):
         dense = Conv2dShape(1, extent, extent, channels, channels, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
