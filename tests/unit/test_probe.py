@@ -1,0 +1,65 @@
+"""Microbenchmarks and the device table."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cuda_emulator import cuda_source
+from tvm.target import Target
+from typer.testing import CliRunner
+
+from tdc_tvm import cli, probe
+from tdc_tvm.errors import TdcError
+from tdc_tvm.schedules import device as device_module
+from tdc_tvm.schedules.device import GPUS, DeviceSpec
+from tdc_tvm.targets import local_gpu_arch
+
+MEASURED = json.loads((Path(device_module.__file__).parent / "devices" / "h100.json").read_text())["measured"]
+
+
+def test_the_h100_is_as_it_was_measured():
+    h100 = GPUS["H100"].probe
+    assert h100.dependent_launch_us == MEASURED["dependent_launch_us"]
+    assert h100.l2_bytes_per_s == MEASURED["l2_bytes_per_s"]
+    assert h100.mma_flops_per_s["tf32"] == MEASURED["mma_float32_flops_per_s"]
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_what_is_measured_or_scaled_stays_below_the_datasheet(gpu):
+    assert gpu.probe.fma_flops_per_s <= gpu.fp32_flops_per_s
+    assert gpu.probe.dram_bytes_per_s <= gpu.dram_bytes_per_s
+    assert gpu.probe.mma_flops_per_s.keys() == gpu.tensor_flops_per_s.keys()
+    assert all(rate <= gpu.tensor_flops_per_s[name] for name, rate in gpu.probe.mma_flops_per_s.items())
+    assert gpu.probe.launch_us > gpu.probe.dependent_launch_us > gpu.probe.barrier_us
+    # 128 bytes of shared memory in a cycle, on all of these GPUs.
+    assert 0.9 < gpu.probe.shared_bytes_per_s_per_core / (128 * gpu.clock_hz) <= 1
+
+
+def test_peak_rates_fit_to_processors_and_clocks():
+    """64 or 128 fused multiply-adds of a processor in a cycle."""
+    for gpu in GPUS.values():
+        per_cycle = gpu.fp32_flops_per_s / 2 / gpu.core_count / gpu.clock_hz
+        assert min(abs(per_cycle - lanes) for lanes in (64, 128)) < 1
+
+
+def test_a_gpu_that_is_not_in_the_table_is_an_error_that_names_those_that_are():
+    with pytest.raises(TdcError, match="no device data for GPU architecture sm_70; known: sm_75"):
+        DeviceSpec.from_target(Target({"kind": "cuda", "arch": "sm_70"}))
+
+
+@pytest.mark.parametrize("name", ["RTX 2080 Ti", "A100", "H100"])
+def test_microbenchmarks_are_made_for_what_a_gpu_can_do(name):
+    gpu = GPUS[name]
+    functions = probe._functions(gpu.core_count, gpu.compute_capability)
+    assert ("cluster_long" in functions) == (name == "H100")
+    assert ("mma_float32_long" in functions) == (name != "RTX 2080 Ti")
+    source = cuda_source(functions, gpu.arch)
+    for function in functions:
+        assert f"{function}_kernel" in source
+
+
+@pytest.mark.skipif(local_gpu_arch() is not None, reason="shows what happens on a machine without a GPU")
+def test_probing_without_a_gpu_is_one_message():
+    result = CliRunner().invoke(cli.main, ["env", "--probe"])
+    assert isinstance(result.exception, TdcError)
+    assert "no NVIDIA GPU" in str(result.exception)
