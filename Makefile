@@ -15,7 +15,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 test: check
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
+# build/lib would bring back modules that are no longer in the source.
 check: $(VENV)/.installed
+	rm -rf build/lib
 	$(VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

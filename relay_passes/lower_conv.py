@@ -112,16 +112,8 @@ class _Lowerer(relax.PyExprMutator):
 
 
 def _report(op: ConvOp, config: KernelConfig, estimate: Estimate) -> LayerReport:
-    is_tucker = isinstance(op.shape, TuckerConvShape)
-    return LayerReport(
-        op.name,
-        "tucker_conv" if is_tucker else "conv2d",
-        str(op.shape.dense if is_tucker else op.shape),
-        (op.shape.rank_out, op.shape.rank_in) if is_tucker else None,
-        is_tucker,
-        "" if is_tucker else "not a Tucker layer",
-        config.strategy,
-        str(config),
-        estimate.latency_us,
-        dict(estimate.parts_us),
-    )
+    chosen = (config.strategy, str(config), estimate.latency_us, dict(estimate.parts_us))
+    if isinstance(op.shape, TuckerConvShape):
+        ranks = (op.shape.rank_out, op.shape.rank_in)
+        return LayerReport(op.name, "tucker_conv", str(op.shape.dense), ranks, True, "", *chosen)
+    return LayerReport(op.name, "conv2d", str(op.shape), None, False, "not a Tucker layer", *chosen)

@@ -82,10 +82,10 @@ def make_kernel(
     parts, stages = parts_of(shape, config, device), stages_of(shape)
     placed = [(part, stage) for part in parts for stage in range(len(part.stages))]
     constants = {}
-    for number, ((part, stage), given) in enumerate(zip(placed, weights, strict=True)):
-        constants[f"weight{number}"] = pack_weights(part, stage, given)
-        if given.bias is not None:
-            constants[f"bias{number}"] = pack_bias(part, stage, given.bias)
+    for number, ((part, stage), one) in enumerate(zip(placed, weights, strict=True)):
+        constants[f"weight{number}"] = pack_weights(part, stage, one)
+        if one.bias is not None:
+            constants[f"bias{number}"] = pack_bias(part, stage, one.bias)
     first, last = stages[0], stages[-1]
     out_shape = (last.batch, last.out_height, last.out_width, last.out_channels)
     between = tuple(

@@ -65,9 +65,9 @@ def _estimates(shape: ConvShape, device: DeviceSpec) -> list[tuple[KernelConfig,
     for cuts in _CUTS if len(stages) == 3 else ():
         spaces = []
         for begin, end in itertools.pairwise((0, *cuts, 3)):
-            values, latencies_us = _space(stages[begin:end], device)
+            ways, latencies_us = _space(stages[begin:end], device)
             order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
-            spaces.append([(values[i], latencies_us[i]) for i in order])
+            spaces.append([(ways[i], latencies_us[i]) for i in order])
         for chosen in itertools.product(*spaces):
             named = tuple(
                 (f"{field}{number or ''}", value)
