@@ -135,7 +135,8 @@ class Chain:
             if part.is_cluster:
                 with T.If(thread == 0), T.Then():
                     for stage in range(self.last):
-                        run("tdc_mailbox_expect", self.place(2 * stage), part.sent_bytes(stage))
+                        sent = 4 * (part.split - 1) * part.slice_words(stage + 1)
+                        run("tdc_mailbox_expect", self.place(2 * stage), sent)
             if part.is_staged:
                 self.copy_input()
                 run("tdc_commit")
@@ -146,17 +147,35 @@ class Chain:
             for stage in range(len(part.stages)):
                 # Groups of copies that were begun after this stage's: the weights of later ones.
                 run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
+                if part.is_cluster and stage:
+                    run("tdc_fence_copies")
                 barrier()
                 if part.is_cluster and stage == 0:
                     # Blocks of the cluster must have begun, and opened their mailboxes, before they are sent to.
                     when(turn == 0 if part.rounds > 1 else None, lambda: run("tdc_cluster_wait"))
                 elif part.is_cluster:
-                    run("tdc_mailbox_wait", self.place(2 * (stage - 1)), turn % 2)
+                    self.exchange(stage, turn)
+                    if stage == self.last and part.rounds == 1:
+                        run("tdc_cluster_arrive")
                 self.stage(stage)
             if part.rounds > 1:
                 # Shared memory is written again.  A block that others are still to read from or to send to
                 # cannot be overtaken: each stage needs what all blocks of the cluster send.
                 barrier()
+        if part.is_cluster:
+            # What a block sends is read from its shared memory: it stays until all have got everything.
+            if part.rounds > 1:
+                run("tdc_cluster_arrive")
+            run("tdc_cluster_wait")
+
+    def exchange(self, stage: int, turn: ir.Expr) -> None:
+        """Send this block's slice of a stage's input to the others of the cluster, and wait for theirs."""
+        part = self.part
+        box = self.place(2 * (stage - 1))
+        with T.If(tirx.all(self.thread < part.split, self.thread != self.rank)), T.Then():
+            words = part.slice_words(stage)
+            run("tdc_send", self.place(self.input_at[stage] + self.rank * words), box, self.thread, 4 * words)
+        run("tdc_mailbox_wait", box, turn % 2)
 
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights and biases into shared memory."""
@@ -298,7 +317,7 @@ class Chain:
         y, x = self.position(stage, pixel)
         if part.input_words(stage):
             width = part.halo[1] if stage <= part.core_index else part.tile_w
-            return (self.input_at[stage] + (y * width + x) * part.pitch(stage)) // 4 + self.chunk_lane()
+            return (self.input_at[stage] + (y * width + x) * part.pitch(stage)) // 4
         conv = part.stages[0]
         y, x = self.in_y0 + y, self.in_x0 + x
         if not self.reads_padding(stage):
@@ -342,11 +361,15 @@ class Chain:
             step = tirx.min(step, units - 1) if steps > units else step
             tap = step // per_tap
             y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
+            # In shared memory, from where a pixel begins, in vectors: slice, then pixel, then channel.
+            at = step % per_tap * unit.chunks + self.chunk_lane()
+            if stage and part.split > 1:
+                vectors = part.slice_channels(stage - 1) // unit.vector
+                at = at // vectors * (part.slice_words(stage) // 4) + at % vectors
+            if conv.kernel != (1, 1):
+                at = at + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
             with unrolled(work.columns) as j:
                 if part.input_words(stage):
-                    at = step * unit.chunks
-                    if conv.kernel != (1, 1):
-                        at = step % per_tap * unit.chunks + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
                     T.buffer_store(b, self.shared[ramp((starts[j] + at) * 4, 4)], [ramp(j * 4, 4)])
                 elif self.reads_padding(stage):
                     row, column = rows[j] + y, columns[j] + x
@@ -477,14 +500,13 @@ class Chain:
             with unrolled(rows) as row:
                 bias = self.shared[part.bias_at(stage) + channel + row]
                 T.buffer_store(values, values[row] + bias, [row])
-        channel = T.Bind(self.rank * part.slice_channels(stage) + channel)
         if stage == self.last:
-            self.store(pixel, channel, values, rows)
+            self.store(pixel, T.Bind(self.rank * part.slice_channels(stage) + channel), values, rows)
         else:
             self.hand_on(stage, pixel, channel, values, rows)
 
     def hand_on(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
-        """Store into the shared memory of all blocks of the cluster; the core's padding is zero."""
+        """Store into this block's slice of the next stage's input; the core's padding is zero."""
         part = self.part
         if stage < part.core_index:
             y, x = self.position(stage, pixel)
@@ -494,14 +516,10 @@ class Chain:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
         words, count = self.to_words(values, rows)
         at = self.input_at[stage + 1] + pixel * part.pitch(stage + 1) + channel * self.unit.element_bytes // 4
+        if part.split > 1:
+            at = at + self.rank * part.slice_words(stage + 1)
         for start in range(0, count, 4):
-            width = min(4, count - start)
-            if part.is_cluster:
-                with unrolled(part.split) as peer:
-                    box = self.place(2 * stage)
-                    run(f"tdc_send{width}", self.place(at + start), box, peer, address(words, start))
-            else:
-                run(f"tdc_move{width}", self.place(at + start), address(words, start))
+            run(f"tdc_move{min(4, count - start)}", self.place(at + start), address(words, start))
 
     def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
         """FP32 values as the words that are stored, and how many."""

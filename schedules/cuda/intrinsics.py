@@ -116,7 +116,7 @@ _BODIES = {
 }}"""
         for count, c_type in ((1, "float"), (2, "float2"), (4, "float4"))
     },
-    # Hand-over between the blocks of a cluster: stores that count their bytes at a barrier beside the data,
+    # Hand-over between the blocks of a cluster: copies that count their bytes at a barrier beside the data,
     # so that nobody waits for more than the data it needs.
     "tdc_mailbox_open": """void tdc_mailbox_open(float* box) {
   unsigned address = (unsigned)__cvta_generic_to_shared(box);
@@ -134,20 +134,19 @@ _BODIES = {
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
       "@!done bra again;\\n}" :: "r"(address), "r"(parity) : "memory");
 }""",
-    **{
-        f"tdc_send{count}": f"""void tdc_send{count}(float* to, float* box, int rank, const float* words) {{
-  unsigned address = (unsigned)__cvta_generic_to_shared(to), barrier = (unsigned)__cvta_generic_to_shared(box);
+    # To the same place in the shared memory of another block.
+    "tdc_send": """void tdc_send(float* from, float* box, int rank, int bytes) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(from), barrier = (unsigned)__cvta_generic_to_shared(box);
   unsigned remote, remote_box;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(barrier), "r"(rank));
-  const unsigned* data = (const unsigned*)words;
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes{form}.b32 [%0], {places}, [%1];"
-      :: "r"(remote), "r"(remote_box), {values} : "memory");
-}}"""
-        for count, form in ((1, ""), (2, ".v2"), (4, ".v4"))
-        for places in ("%2" if count == 1 else "{" + ", ".join(f"%{i + 2}" for i in range(count)) + "}",)
-        for values in (", ".join(f'"r"(data[{i}])' for i in range(count)),)
-    },
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :: "r"(remote), "r"(address), "r"(bytes), "r"(remote_box) : "memory");
+}""",
+    # What this thread has stored to shared memory is seen by copies that others begin after a barrier.
+    "tdc_fence_copies": """void tdc_fence_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}""",
     # For a cooperative launch: the word's highest bit flips each time that all blocks have come.
     "tdc_grid_barrier": """void tdc_grid_barrier(float* word, int blocks) {
   __syncthreads();

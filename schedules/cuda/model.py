@@ -38,7 +38,7 @@ class Constants:
     stage_cycles, item_cycles : float
         What a stage, and a warp's tile of it, take besides.
     handover_cycles, send_cycles : float
-        Between the stages of a cluster, and of a warp for each store to another block.
+        Between the stages of a cluster: once, and for 128 bytes that a block is sent.
     merge_cycles, sum_cycles : float
         Where the depth is split: once, and on the processor for 128 bytes of partial sums.
     """
@@ -121,18 +121,18 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         items, share = channel_tiles * pixel_tiles, part.share(i)
         rounds = ceil_div(items, part.warps // work.splits)
         products, loads = work.rows * work.columns, work.rows + work.columns
-        results = work.columns * (2 if unit.name == "mma" else 1) * larger(1, work.rows * unit.element_bytes // 16)
-        peers = part.split * part.is_cluster * (i < part.last)
         busy = items * work.splits * share * larger(loads * load_cycles, products * product_cycles)
         unit_cycles = c.wait_cycles + products * c.issue_cycles
-        alone = rounds * (share * unit_cycles + c.item_cycles + results * peers * c.send_cycles)
+        alone = rounds * (share * unit_cycles + c.item_cycles)
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
         missing = np.where(part.weights_shared[i], 0, transfer(16 * part.weight_vectors(i)))
         stage = c.stage_cycles + larger(together * busy, alone) + merge + missing
         parts[f"stage{i}"] = turns * stage * cycle_us
-    parts["handover"] = turns * part.last * part.is_cluster * c.handover_cycles * cycle_us
+    sent = sum(4 * (part.split - 1) * part.slice_words(i) / 128 for i in range(1, len(part.stages)))
+    handover = part.is_cluster * (part.last * c.handover_cycles + sent * c.send_cycles)
+    parts["handover"] = turns * handover * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
     return parts
 

@@ -256,11 +256,12 @@ class Part:
         return slice_channels(max(needed, self.stages[stage].out_channels), self.split)
 
     def pitch(self, stage: int) -> Number:
-        """Words from one pixel of a stage's input in shared memory to the next."""
-        width: Number = self.in_channels(stage)
-        if stage:
-            width = larger(width, self.split * self.slice_channels(stage - 1))
-        return self.unit.pitch(width)
+        """Words from one pixel of a stage's input in shared memory to the next, within a slice of channels."""
+        return self.unit.pitch(self.slice_channels(stage - 1) if stage else self.in_channels(0))
+
+    def slice_words(self, stage: int) -> Number:
+        """Shared memory of one slice of what a stage is handed: each block of a cluster sends its own."""
+        return self.in_pixels(stage) * self.pitch(stage)
 
     @functools.cached_property
     def works(self) -> tuple[Work, ...]:
@@ -272,7 +273,6 @@ class Part:
                 self.depth_units(i),
                 self.warps,
                 self.unit,
-                self.split * self.is_cluster * (i < self.last),
             )
             for i in range(len(self.stages))
         )
@@ -296,8 +296,8 @@ class Part:
 
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
-        words = self.in_pixels(stage) * self.pitch(stage)
-        return words * self.is_staged if stage == 0 else words
+        words = self.slice_words(stage)
+        return words * self.split if stage else words * self.is_staged
 
     def scratch_pitch(self, stage: int) -> Number:
         """Words from one pixel of the exchanged sums to the next."""
@@ -326,10 +326,6 @@ class Part:
     def mailbox_words(self) -> Number:
         """Shared memory that counts what other blocks of a cluster have sent: two words for each hand-over."""
         return self.is_cluster * 4
-
-    def sent_bytes(self, stage: int) -> Number:
-        """What a block of a cluster is sent of a stage's output, its own part included."""
-        return self.pixels(stage) * self.split * self.slice_channels(stage) * self.unit.element_bytes
 
     def bias_at(self, stage: int) -> Number:
         """Where a stage's biases lie in shared memory, behind the mailboxes."""
@@ -416,7 +412,7 @@ def work_options(name: str) -> np.ndarray:
     return np.array(options).T
 
 
-def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit, peers: Number = 0) -> Work:
+def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit) -> Work:
     """The division of a stage that takes the least time, by a count of cycles; of equals the first.
 
     Parameters
@@ -427,26 +423,22 @@ def choose_work(pixels: Number, channels: Number, units: int, warps: Number, uni
         Warps of the block.
     unit : Unit
         What multiplies.
-    peers : int or array
-        Blocks that each result is sent to; 0 where it stays in the block, or is the output.
     """
     rows, columns, splits = options = work_options(unit.name)
-    pixels_, channels_, warps_, peers_ = (np.asarray(value)[..., None] for value in (pixels, channels, warps, peers))
+    pixels_, channels_, warps_ = (np.asarray(value)[..., None] for value in (pixels, channels, warps))
     allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units))
     allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
     allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
     # Two sets of operands, sums, addresses.
     registers = 8 * (rows + columns) + rows * columns * (1 if unit.name == "fma" else 2) + 40
     allowed &= registers <= np.minimum(255, REGISTERS // (WARP * warps_))
-    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit, peers_)
+    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
     chosen = options[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
 
 
-def stage_cycles(
-    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit, peers: Number
-) -> Number:
+def stage_cycles(work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit) -> Number:
     """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
 
     Read off the clock within kernels on an H100, rounded.
@@ -463,9 +455,9 @@ def stage_cycles(
         issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
     busy = items * splits * share * larger(loads, issue / 4)
     results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes // 16)
-    alone = rounds * (share * latency + 100 + results * (5 + 10 * peers))
+    alone = rounds * (share * latency + 100 + results * 5)
     # The parts of a depth are written, read and added up by all threads.
-    merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32 + pixels * channels / (8 * warps) * peers)
+    merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
     return larger(busy, alone) + merge
 
 
