@@ -508,7 +508,8 @@ class Chain:
     def hand_on(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
         """Store into this block's slice of the next stage's input; the core's padding is zero."""
         part = self.part
-        if stage < part.core_index:
+        # A copied input is zero there, and so is what follows from it without a bias.
+        if stage < part.core_index and not (part.is_staged and self.buffers.biases[stage] is None):
             y, x = self.position(stage, pixel)
             y, x = self.in_y0 + y, self.in_x0 + x
             inside = tirx.all(y >= 0, y < part.core.height, x >= 0, x < part.core.width)
