@@ -105,7 +105,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     load_cycles = WARP * 16 * device.clock_hz / device.probe.shared_bytes_per_s_per_core
     product_cycles = _product_flops(part) * device.clock_hz * device.core_count / _flops_per_s(part)
 
-    weights = sum(16 * part.weight_vectors(i) for i in range(len(part.stages)))
+    weights = sum(16 * part.weight_vectors(i) * shared for i, shared in enumerate(part.weights_shared))
     # The next launch's copies begin early where they find room beside this one's blocks.
     first = transfer(weights) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
     inputs = part.in_pixels(0) * part.in_width * unit.element_bytes

@@ -349,14 +349,18 @@ class Part:
     @property
     def overlaps(self) -> Number:
         """Whether the next kernel's blocks find room beside this one's, and can copy their weights meanwhile."""
-        return 2 * (self.smem_bytes + 1024) <= self.device.smem_per_block_optin_bytes + 1024
+        return self.resident > 1
 
     @functools.cached_property
     def resident(self) -> Number:
-        """Blocks that a processor holds at the same time, registers guessed at 128 a thread."""
+        """Blocks that a processor holds at the same time, as far as shared memory, registers and threads allow."""
         # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
         by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (self.smem_bytes + 1024)
-        return larger(1, smaller(smaller(by_smem, REGISTERS // (128 * self.threads)), 16))
+        registers: Number = 0
+        for work in self.works:
+            registers = larger(registers, registers_of(work, self.unit))
+        by_registers = REGISTERS // (registers * self.threads)
+        return larger(1, smaller(smaller(by_smem, by_registers), 2 * MAX_THREADS // self.threads))
 
     @functools.cached_property
     def blocks(self) -> Number:
@@ -429,13 +433,16 @@ def choose_work(pixels: Number, channels: Number, units: int, warps: Number, uni
     allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units))
     allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
     allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
-    # Two sets of operands, sums, addresses.
-    registers = 8 * (rows + columns) + rows * columns * (1 if unit.name == "fma" else 2) + 40
-    allowed &= registers <= np.minimum(255, REGISTERS // (WARP * warps_))
+    allowed &= registers_of(Work(rows, columns, splits), unit) <= np.minimum(255, REGISTERS // (WARP * warps_))
     cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
     chosen = options[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
+
+
+def registers_of(work: Work, unit: Unit) -> Number:
+    """Registers of a thread, about: two sets of operands, sums, addresses."""
+    return 8 * (work.rows + work.columns) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
 
 
 def stage_cycles(work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit) -> Number:
