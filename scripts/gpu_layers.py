@@ -605,7 +605,7 @@ def options(stage: dict[str, Any]) -> dict[str, Any]:
 
 def alternate(
     gpu: Gpu, contenders: Sequence[Contender], launches: int, seconds: float, cold: bool = False, most: int = 200
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Time contenders in turns.
 
     Parameters
@@ -620,7 +620,7 @@ def alternate(
     Returns
     -------
     dict
-        By contender: median, 99th percentile and minimum of the replays in us for one launch, and their number.
+        By contender: median, 99th percentile and minimum of the replays in us for one launch, their number and all.
     """
     graphs = [(contender.name, *gpu.capture(contender, launches, cold)) for contender in contenders]
     for _, replay, _ in graphs:
@@ -635,11 +635,12 @@ def alternate(
     return {name: summary(values) for name, values in samples.items()}
 
 
-def summary(samples_us: Sequence[float]) -> dict[str, float]:
-    """Median, 99th percentile and minimum."""
+def summary(samples_us: Sequence[float]) -> dict[str, Any]:
+    """Median, 99th percentile and minimum, and all samples in order."""
     median, p99 = np.percentile(samples_us, (50, 99))
     values = {"median_us": median, "p99_us": p99, "min_us": min(samples_us)}
-    return {name: round(float(value), 3) for name, value in values.items()} | {"replays": len(samples_us)}
+    rounded = {name: round(float(value), 3) for name, value in values.items()}
+    return rounded | {"replays": len(samples_us), "samples_us": [round(sample, 3) for sample in samples_us]}
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -694,10 +695,11 @@ def print_build(manifest: dict[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def pending(names: Sequence[str], output: Path) -> list[str]:
-    """The kernels that have no record yet, in order."""
-    done = {record.get("name") for record in read_records(output)}
-    return [name for name in names if name not in done]
+def pending(names: Sequence[str], output: Path, manifest: dict[str, Any]) -> list[str]:
+    """The kernels that have no record yet, in order; those of other builds in the same file have other layers."""
+    done = {(record["name"], record["shape"]["text"]) for record in read_records(output) if "name" in record}
+    texts = {kernel["name"]: manifest["layers"][kernel["layer"]]["text"] for kernel in manifest["kernels"]}
+    return [name for name in names if (name, texts[name]) not in done]
 
 
 def work(
@@ -706,7 +708,7 @@ def work(
     """Measure kernels one after the other until a time (of `time.time`); the exit status of a worker."""
     kernels = {kernel["name"]: kernel for kernel in gpu.manifest["kernels"]}
     append_record(output, {"environment": gpu.environment()})
-    for name in pending(names, output):
+    for name in pending(names, output, gpu.manifest):
         if time.time() > deadline:
             break
         kernel = kernels[name]
@@ -765,18 +767,18 @@ def supervise(
     """
     kernels = {kernel["name"]: kernel for kernel in manifest["kernels"]}
     deadline = time.time() + budget_s
-    while (left := pending(names, output)) and time.time() < deadline:
+    while (left := pending(names, output, manifest)) and time.time() < deadline:
         process = subprocess.Popen([*worker, "--deadline", str(deadline)])
         status = _wait(process, output, stall_s)
         if status == 0:
             break
         if status == GPU_LOST:
             continue
-        left = pending(names, output)
+        left = pending(names, output, manifest)
         if left:
             error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
             append_record(output, _result(kernels[left[0]], manifest["layers"]) | {"error": error})
-    return len(pending(names, output))
+    return len(pending(names, output, manifest))
 
 
 def _wait(process: subprocess.Popen, output: Path, stall_s: float) -> int | None:

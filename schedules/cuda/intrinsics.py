@@ -201,6 +201,8 @@ def barrier() -> None:
 
 def clip(value: ir.Expr, epilogue: Epilogue) -> ir.Expr:
     """Apply an epilogue's bounds.  A NaN stays one, as in ONNX; CUDA's ``max`` and ``min`` would drop it."""
+    # Bound to a name: TVM makes a branch of a selection among expressions that load.
+    value = T.Bind(value)
     if epilogue.clip_min is not None:
         bound = tirx.const(epilogue.clip_min, "float32")
         value = tirx.Select(value < bound, bound, value)

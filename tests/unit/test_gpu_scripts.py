@@ -59,20 +59,23 @@ def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_p
     layer = gpu_layers.describe(DENSE, ["group"])
     kernels = [{"name": name, "layer": "layer0", "library": "", "constants": [], "between": []} for name in "abcd"]
     output = tmp_path / "results.jsonl"
+    gpu_layers.append_record(output, {"name": "d", "shape": {"text": "of another build"}})
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import json, os, pathlib, sys, time\n"
         "output = pathlib.Path(sys.argv[1])\n"
-        "done = output.read_text() if output.exists() else ''\n"
+        "done = [line for line in output.read_text().splitlines() if sys.argv[2] in line]\n"
         "for name in 'abcd':\n"
-        "    if f'\"{name}\"' in done: continue\n"
+        "    if f'\"{name}\"' in ''.join(done): continue\n"
         "    if name == 'b': os._exit(9)\n"
         "    if name == 'c': time.sleep(60)\n"
-        "    with output.open('a') as file: file.write(json.dumps({'name': name}) + '\\n')\n"
+        "    with output.open('a') as file:\n"
+        "        file.write(json.dumps({'name': name, 'shape': {'text': sys.argv[2]}}) + '\\n')\n"
     )
     manifest = {"layers": {"layer0": layer}, "kernels": kernels}
-    left = gpu_layers.supervise([sys.executable, str(worker), str(output)], manifest, list("abcd"), output, 60, 1.5)
-    records = {record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)}
+    command = [sys.executable, str(worker), str(output), layer["text"]]
+    left = gpu_layers.supervise(command, manifest, list("abcd"), output, 60, 1.5)
+    records = {record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)[1:]}
     assert left == 0
     assert records == {"a": "", "b": "the process ended with status 9", "c": "no result in 1.5 s", "d": ""}
 
