@@ -158,7 +158,7 @@ def make_weights(case: Case, rng: np.random.Generator) -> tuple[ConvWeights, ...
 
     They are representable in the precision that they are multiplied in.
     """
-    from tdc_tvm.schedules.cuda.plan import round_to
+    from tdc_tvm.schedules.cuda.pack import round_to
     from tdc_tvm.schedules.kernel import ConvWeights
 
     weights = []
@@ -173,7 +173,7 @@ def make_weights(case: Case, rng: np.random.Generator) -> tuple[ConvWeights, ...
 
 def make_inputs(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
     """A random input, and a residual if the epilogue adds one; both NHWC, in the type that is stored."""
-    from tdc_tvm.schedules.cuda.plan import round_to
+    from tdc_tvm.schedules.cuda.pack import round_to
 
     first, last = case.stages[0], case.stages[-1]
     x = rng.standard_normal((first.batch, first.height, first.width, first.in_channels))

@@ -16,7 +16,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.chain import Buffers, Chain
-from tdc_tvm.schedules.cuda.plan import UNITS, Part, pack_bias, pack_weights, round_up
+from tdc_tvm.schedules.cuda.pack import pack_bias, pack_weights
+from tdc_tvm.schedules.cuda.plan import UNITS, Part, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue

@@ -20,7 +20,8 @@ import numpy as np
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import chain_conv, direct, model
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
-from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER, splits, tiles
+from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
+from tdc_tvm.schedules.cuda.space import splits, tiles
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue

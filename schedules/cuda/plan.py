@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights
 from tdc_tvm.schedules.shape import Conv2dShape
 
 WARP = 32
@@ -468,94 +467,6 @@ def stage_cycles(work: Work, pixels: Number, channels: Number, units: Number, wa
     return larger(busy, alone) + merge
 
 
-def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
-    """Order a stage's weights as its warps load them.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(split, channel tiles, units of depth, rows, lanes, vector)``, zero where there is no weight.
-    """
-    conv, unit, work = part.stages[stage], part.unit, part.works[stage]
-    tiles, steps = part.tiles_of_work(stage)[0], part.share(stage) * work.splits
-    channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
-    slice_channels = part.slice_channels(stage)
-    matrix = np.zeros((part.split * slice_channels, taps, channels), np.float32)
-    # A kernel of the last part can have fewer channels than its neighbour handed on, which are zero.
-    matrix[: conv.out_channels, :, : conv.in_channels] = weights.kernel.reshape(
-        conv.out_channels, conv.in_channels, taps
-    ).transpose(0, 2, 1)
-    padded = np.zeros((part.split, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
-    padded[:, :slice_channels, : taps * channels] = matrix.reshape(part.split, slice_channels, -1)
-    # channel = (tile, lane, rows), depth = (unit, chunk, vector)
-    split = padded.reshape(part.split, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
-    packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
-        part.split, tiles, steps, work.rows, unit.weight_lanes, unit.vector
-    )
-    if unit.name == "mma":
-        # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
-        # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
-        words = packed.reshape(part.split, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
-        packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
-    return round_to(part.precision, packed)
-
-
-def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
-    """Fill up a bias with zeros; FP32."""
-    padded = np.zeros(part.split * part.slice_channels(stage), np.float32)
-    padded[: bias.size] = bias
-    return padded
-
-
-def round_to(precision: str, array: np.ndarray) -> np.ndarray:
-    """An FP32 array as it is stored for a precision, contiguous: FP16, BF16, or FP32 rounded to what TF32 keeps."""
-    array = np.ascontiguousarray(array, np.float32)
-    if precision == "fp16":
-        return array.astype(np.float16)
-    if precision == "bf16":
-        import ml_dtypes
-
-        return array.astype(ml_dtypes.bfloat16)
-    if precision == "tf32":
-        # 13 of the 23 bits of the fraction are dropped; ties go away from zero, as PTX's cvt.rna does.
-        bits = array.view(np.uint32)
-        finite = np.isfinite(array)
-        return np.where(finite, (bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000), bits).view(np.float32)
-    return array
-
-
 def slice_channels(channels: int, split: Number) -> Number:
     """Channels of each of ``split`` slices."""
     return round_up(ceil_div(channels, split), SLICE)
-
-
-def splits(stages: tuple[Conv2dShape, ...], most: int) -> list[int]:
-    """Numbers of blocks to share a tile with: each that leaves a block markedly fewer weights than all lower ones."""
-    found: list[int] = []
-    least = float("inf")
-    for split in range(1, most + 1):
-        weights = sum(
-            slice_channels(stage.out_channels, split) * stage.weight_count / stage.out_channels for stage in stages
-        )
-        if weights < 0.85 * least:
-            found.append(split)
-            least = weights
-    return found
-
-
-def extents(limit: int) -> list[int]:
-    """Tile extents worth trying for an image extent: divisors and powers of two."""
-    divisors = {d for d in range(1, min(limit, 32) + 1) if limit % d == 0}
-    powers = {1 << i for i in range(6) if 1 << i < 2 * limit}
-    return sorted(divisors | powers)
-
-
-def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
-    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long."""
-    least = min(least, core.out_height * core.out_width)
-    found = []
-    for rows in extents(core.out_height):
-        for columns in extents(core.out_width):
-            if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
-                found.append((rows, columns))
-    return found or [(1, max(1, min(least, core.out_width)))]

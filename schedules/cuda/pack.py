@@ -1,0 +1,64 @@
+"""Weights and biases in the order in which kernels read them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.kernel import ConvWeights
+
+
+def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
+    """Order a stage's weights as its warps load them.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(split, channel tiles, units of depth, rows, lanes, vector)``, zero where there is no weight.
+    """
+    conv, unit, work = part.stages[stage], part.unit, part.works[stage]
+    tiles, steps = part.tiles_of_work(stage)[0], part.share(stage) * work.splits
+    channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
+    slice_channels = part.slice_channels(stage)
+    matrix = np.zeros((part.split * slice_channels, taps, channels), np.float32)
+    # A kernel of the last part can have fewer channels than its neighbour handed on, which are zero.
+    matrix[: conv.out_channels, :, : conv.in_channels] = weights.kernel.reshape(
+        conv.out_channels, conv.in_channels, taps
+    ).transpose(0, 2, 1)
+    padded = np.zeros((part.split, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
+    padded[:, :slice_channels, : taps * channels] = matrix.reshape(part.split, slice_channels, -1)
+    # channel = (tile, lane, rows), depth = (unit, chunk, vector)
+    split = padded.reshape(part.split, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
+    packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
+        part.split, tiles, steps, work.rows, unit.weight_lanes, unit.vector
+    )
+    if unit.name == "mma":
+        # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
+        # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
+        words = packed.reshape(part.split, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
+        packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
+    return round_to(part.precision, packed)
+
+
+def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
+    """Fill up a bias with zeros; FP32."""
+    padded = np.zeros(part.split * part.slice_channels(stage), np.float32)
+    padded[: bias.size] = bias
+    return padded
+
+
+def round_to(precision: str, array: np.ndarray) -> np.ndarray:
+    """An FP32 array as it is stored for a precision, contiguous: FP16, BF16, or FP32 rounded to what TF32 keeps."""
+    array = np.ascontiguousarray(array, np.float32)
+    if precision == "fp16":
+        return array.astype(np.float16)
+    if precision == "bf16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    if precision == "tf32":
+        # 13 of the 23 bits of the fraction are dropped; ties go away from zero, as PTX's cvt.rna does.
+        bits = array.view(np.uint32)
+        finite = np.isfinite(array)
+        return np.where(finite, (bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000), bits).view(np.float32)
+    return array

@@ -1,0 +1,38 @@
+"""Which tiles, and which numbers of blocks to share one, are worth trying."""
+
+from __future__ import annotations
+
+from tdc_tvm.schedules.cuda.plan import slice_channels
+from tdc_tvm.schedules.shape import Conv2dShape
+
+
+def splits(stages: tuple[Conv2dShape, ...], most: int) -> list[int]:
+    """Numbers of blocks to share a tile with: each that leaves a block markedly fewer weights than all lower ones."""
+    found: list[int] = []
+    least = float("inf")
+    for split in range(1, most + 1):
+        weights = sum(
+            slice_channels(stage.out_channels, split) * stage.weight_count / stage.out_channels for stage in stages
+        )
+        if weights < 0.85 * least:
+            found.append(split)
+            least = weights
+    return found
+
+
+def extents(limit: int) -> list[int]:
+    """Tile extents worth trying for an image extent: divisors and powers of two."""
+    divisors = {d for d in range(1, min(limit, 32) + 1) if limit % d == 0}
+    powers = {1 << i for i in range(6) if 1 << i < 2 * limit}
+    return sorted(divisors | powers)
+
+
+def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
+    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long."""
+    least = min(least, core.out_height * core.out_width)
+    found = []
+    for rows in extents(core.out_height):
+        for columns in extents(core.out_width):
+            if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
+                found.append((rows, columns))
+    return found or [(1, max(1, min(least, core.out_width)))]
