@@ -181,7 +181,7 @@ def _gpu(
 
 
 # The H100 that was measured: its processors times clock, clock, and peaks as in the table below.
-_MEASURED = json.loads((Path(__file__).parent / "devices" / "h100.json").read_text())["measured"]
+_MEASURED = json.loads(Path(__file__).with_name("h100_probe.json").read_text())["measured"]
 _MEASURED_CORES_MHZ, _MEASURED_MHZ, _MEASURED_FP32, _MEASURED_DRAM = 132 * 1980, 1980, 66.9e12, 3350e9
 _MEASURED_TENSOR = {"tf32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}
 _MMA_NAMES = {"tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
