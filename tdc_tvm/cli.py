@@ -18,7 +18,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from tdc_tvm import __version__
 from tdc_tvm.errors import TdcError
@@ -248,7 +248,7 @@ def run(
     if as_json:
         _print_json({"outputs": summary, "output": None if output is None else str(output)})
         return
-    table = Table("output", "shape", "dtype", "min", "mean", "max")
+    table = Table(Column("output", overflow="fold"), "shape", "dtype", "min", "mean", "max")
     for row in summary:
         table.add_row(
             row["name"],
@@ -336,7 +336,7 @@ def bench(
     if as_json:
         _print_json({"environment": environment(), "results": [result.to_dict() for result in results]})
         return
-    table = Table("model", "median ms", "p99 ms", "min ms", "ratio")
+    table = Table(Column("model", overflow="fold"), "median ms", "p99 ms", "min ms", "ratio")
     for result in results:
         row = (result.median_ms, result.p99_ms, result.min_ms)
         table.add_row(result.name, *(f"{value:.3f}" for value in row), f"{result.median_ms / results[0].median_ms:.2f}")
@@ -402,7 +402,7 @@ def env(
     if as_json:
         _print_json(data)
         return
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     data |= data.pop("probe", {})
     for key, value in data.items():
         table.add_row(key, "none" if value is None else str(value))

@@ -161,7 +161,8 @@ def test_mistakes_are_errors_of_ours_and_leave_nothing(model_path, library, tmp_
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_output_fits_the_terminal(model_path, library, tmp_path, width):
+def test_output_fits_the_terminal(model_path, library, tmp_path, monkeypatch, width):
+    monkeypatch.setattr(cli, "environment", lambda: {"gpu arch": "sm_90", "cuda compiler": f"nvcc (/{'p' * 200})"})
     model = onnx.load(model_path)
     model.graph.node[1].name = "a.very.long.name.[of].a.layer.deep.in.the.backbone.of.the.net/conv2"
     onnx.save(model, tmp_path / "m.onnx")
@@ -172,6 +173,7 @@ def test_output_fits_the_terminal(model_path, library, tmp_path, width):
         ],
         tdc("inspect", library, width=width),
         tdc("env", width=width),
+        tdc("bench", tmp_path / "m.onnx", library, "-t", "llvm", "--warmup", 1, "--repeat", 1, width=width),
     ]
     for text in texts:
         assert max(map(len, text.splitlines())) <= width
