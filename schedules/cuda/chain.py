@@ -88,9 +88,15 @@ class Chain:
         self.input_at, self.scratch_at = places, at
         at += part.scratch_words
         self.weights_at = []
-        for stage, shared in enumerate(part.weights_shared):
+        for stage, resident in enumerate(part.placement.resident):
             self.weights_at.append(at)
-            at += 4 * part.weight_vectors(stage) if shared else 0
+            at += 4 * part.resident_vectors(stage) * resident
+        # The number of a stage's first chunk in the ring.
+        self.ring_at, self.ring_chunks, self.first_chunk = at, 0, []
+        for stage, ring in enumerate(part.placement.ring):
+            self.first_chunk.append(self.ring_chunks)
+            self.ring_chunks += part.chunks(stage) * ring
+        at += 4 * part.placement.slots * part.placement.slot_vectors
         assert 4 * at == part.smem_bytes
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
@@ -116,13 +122,14 @@ class Chain:
         if part.is_cluster:
             with T.If(thread == 0), T.Then():
                 for stage in range(self.last):
-                    run("tdc_mailbox_open", self.place(2 * stage))
+                    run("tdc_mailbox_open", self.place(2 * stage), 1)
             run("tdc_cluster_arrive")
         run("tdc_wait_for_dependencies")
         # Not earlier: kernels that wait two ahead delay the one between by microseconds (seen on an H100).
         run("tdc_launch_dependents")
         groups = part.blocks // part.split
         with T.serial(part.rounds) as turn:
+            self.turn = turn
             tile = T.Bind(turn * groups + block)
             self.image = T.Bind(tile // (part.tiles[0] * part.tiles[1]))
             self.out_y0 = T.Bind(tile // part.tiles[1] % part.tiles[0] * part.tile_h)
@@ -189,16 +196,95 @@ class Chain:
                 run("tdc_copy", to, from_, tirx.const(True, "bool"))
 
             self.each(count // 4, copy_bias)
-        if not part.weights_shared[stage]:
-            return
-        vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
-        start = T.Bind(self.rank * vectors)
+        place = part.placement
+        if place.ring[stage]:
+            first = self.first_chunk[stage]
+            fetched = max(0, min(part.chunks(stage), place.slots - first))
 
-        def copy(vector: ir.Expr) -> None:
-            to = self.place(self.weights_at[stage] + vector * 4)
-            run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
+            def fill(chunk: ir.Expr) -> None:
+                arrived, left = self.mailboxes(stage, first + chunk)
+                run("tdc_mailbox_open", self.place(arrived), 1)
+                run("tdc_mailbox_open", self.place(left), part.warps)
+                run("tdc_fence_copies")
+                self.fetch(stage, chunk, first + chunk)
 
-        self.each(vectors, copy)
+            if fetched:
+                self.each(fetched, fill)
+        elif place.resident[stage] and part.has_bulk_copies:
+
+            def open_and_fetch(chunk: ir.Expr) -> None:
+                run("tdc_mailbox_open", self.place(self.mailboxes(stage, chunk)[0]), 1)
+                run("tdc_fence_copies")
+                self.fetch(stage, chunk, chunk)
+
+            self.each(part.chunks(stage), open_and_fetch)
+        elif place.resident[stage]:
+            vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
+            start = T.Bind(self.rank * vectors)
+
+            def copy(vector: ir.Expr) -> None:
+                to = self.place(self.weights_at[stage] + vector * 4)
+                run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
+
+            self.each(vectors, copy)
+
+    def chunk_at(self, stage: int, place: ir.Expr | int) -> ir.Expr | int:
+        """The word where a chunk begins: in its slot of the ring, or its place among the others of its stage."""
+        if self.part.placement.ring[stage]:
+            return self.ring_at + place * (4 * self.part.placement.slot_vectors)
+        return self.weights_at[stage] + place * (4 * (self.part.chunk_vectors(stage) + self.part.has_bulk_copies))
+
+    def mailboxes(self, stage: int, place: ir.Expr | int) -> tuple[ir.Expr | int, ir.Expr | int]:
+        """The words of a chunk's mailboxes: what has arrived, and which warps have left."""
+        end = self.part.chunk_vectors(stage)
+        if self.part.placement.ring[stage]:
+            end = self.part.placement.slot_vectors - 1
+        at = self.chunk_at(stage, place) + 4 * end
+        return at, at + 2
+
+    def fetch(self, stage: int, chunk: ir.Expr, place: ir.Expr) -> None:
+        """Begin to copy a chunk, by one thread."""
+        part = self.part
+        vectors, box = part.chunk_vectors(stage), self.place(self.mailboxes(stage, place)[0])
+        start = (self.rank * part.weight_vectors(stage) + chunk * vectors) * self.unit.vector
+        from_ = address(self.buffers.weights[stage], start)
+        run("tdc_mailbox_expect", box, 16 * vectors)
+        run("tdc_fetch", self.place(self.chunk_at(stage, place)), from_, 16 * vectors, box)
+
+    def number(self, stage: int, chunk: ir.Expr | int) -> ir.Expr | int:
+        """The number of a chunk among all that the block sends through the ring."""
+        number = self.first_chunk[stage] + chunk
+        return self.turn * self.ring_chunks + number if self.part.rounds > 1 else number
+
+    def await_chunk(self, stage: int, chunk: ir.Expr | int) -> None:
+        """Wait until a chunk is in shared memory."""
+        place, round_ = chunk, tirx.const(0, "int32")
+        if self.part.placement.ring[stage]:
+            number, slots = self.number(stage, chunk), self.part.placement.slots
+            place, round_ = number % slots, number // slots
+        run("tdc_mailbox_wait", self.place(self.mailboxes(stage, place)[0]), round_ % 2)
+
+    def leave_chunk(self, stage: int, chunk: ir.Expr | int) -> None:
+        """Give a chunk's slot away.  The first thread fills the slot that was given away before this one."""
+        slots, total = self.part.placement.slots, self.part.rounds * self.ring_chunks
+        number = T.Bind(self.number(stage, chunk))
+        run("tdc_mailbox_arrive", self.place(self.mailboxes(stage, number % slots)[1]))
+        slot, next_ = T.Bind((number - 1) % slots), T.Bind(number - 1 + slots)
+        with T.If(tirx.all(self.thread == 0, number >= 1, next_ < total)), T.Then():
+            # All warps have left it, once for each time that it was filled.
+            run("tdc_mailbox_wait", self.place(self.mailboxes(stage, slot)[1]), (number - 1) // slots % 2)
+            within = T.Bind(next_ % self.ring_chunks)
+            for other, first in enumerate(self.first_chunk):
+                if not self.part.placement.ring[other]:
+                    continue
+                inside = tirx.all(within >= first, within < first + self.part.chunks(other))
+                when(inside, lambda: self.fetch(other, within - first, slot))  # noqa: B023 (called at once)
+
+    def pass_chunks(self, stage: int) -> None:
+        """What a warp without a tile does for the ring to go on."""
+        with T.serial(self.part.chunks(stage)) as chunk:
+            self.await_chunk(stage, chunk)
+            self.leave_chunk(stage, chunk)
 
     def place(self, word: ir.Expr) -> ir.Expr:
         """The address of a word of shared memory."""
@@ -283,7 +369,10 @@ class Chain:
                         stage, acc, channel_tile, pixel_tile, lambda *at: self.share_sums(stage, split, *at)
                     )
 
-            when(all_of(item < items if items % groups else True), compute)
+            busy = all_of(item < items if items % groups else True)
+            when(busy, compute)
+            if busy is not None and part.placement.ring[stage]:
+                when(tirx.Not(busy), lambda: self.pass_chunks(stage))
         if work.splits > 1:
             barrier()
             self.add_up(stage)
@@ -341,20 +430,27 @@ class Chain:
         units, steps = part.depth_units(stage), share * work.splits
         per_tap = part.in_channels(stage) // unit.depth
         lane = self.lane if unit.weight_lanes == WARP else self.lane % unit.weight_lanes
-        first = T.Bind((channel_tile * steps + split * share) * (work.rows * unit.weight_lanes) + lane)
+        chunk_units, place = part.chunk_units(stage), part.placement
+        in_ring, is_shared = place.ring[stage], place.ring[stage] or place.resident[stage]
+        has_mailboxes = is_shared and part.has_bulk_copies
+        unit_vectors = work.rows * unit.weight_lanes
+        # Within a chunk.
+        first = T.Bind((channel_tile * work.splits + split) * (chunk_units * unit_vectors) + lane)
         # Two sets of operands: one is loaded while the other is multiplied.
         sets = [(local(4 * work.rows), local(4 * work.columns)) for _ in range(min(2, share))]
 
         def load(i: ir.Expr | int, number: int) -> None:
             a, b = sets[number]
+            chunk, within = (i // chunk_units, i % chunk_units) if chunk_units < share else (0, i)
+            if is_shared:
+                at = T.Bind(self.chunk_at(stage, self.number(stage, chunk) % place.slots if in_ring else chunk))
             with unrolled(work.rows) as row:
-                vector = first + (i * work.rows + row) * unit.weight_lanes
-                if part.weights_shared[stage]:
-                    source = self.shared[ramp(self.weights_at[stage] + vector * 4, 4)]
-                    T.buffer_store(a, source, [ramp(row * 4, 4)])
+                vector = first + within * unit_vectors + row * unit.weight_lanes
+                if is_shared:
+                    T.buffer_store(a, self.shared[ramp(at + vector * 4, 4)], [ramp(row * 4, 4)])
                 else:
-                    start = (self.rank * part.weight_vectors(stage) + vector) * unit.vector
-                    from_ = address(self.buffers.weights[stage], start)
+                    start = self.rank * part.weight_vectors(stage) + chunk * part.chunk_vectors(stage) + vector
+                    from_ = address(self.buffers.weights[stage], start * unit.vector)
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
             step = split * share + i if work.splits > 1 else i
             # Behind the end the weights are zero, and the pixels those of the last step.
@@ -379,15 +475,35 @@ class Chain:
                 else:
                     self.load_input(b, j, starts[j], step * unit.depth, tirx.const(True, "bool"))
 
+        def begin(i: ir.Expr | int) -> None:
+            if has_mailboxes:
+                at_start = i % chunk_units == 0
+                when(None if at_start is True else at_start, lambda: self.await_chunk(stage, i // chunk_units))
+
+        def end(i: ir.Expr | int) -> None:
+            if in_ring:
+                at_end = tirx.any((i + 1) % chunk_units == 0, i == share - 1)
+                when(at_end, lambda: self.leave_chunk(stage, i // chunk_units))
+
+        begin(0)
         load(0, 0)
         if share > 1:
             with T.serial(share // 2, unroll=min(_UNROLL, share // 2)) as pair:
+                if chunk_units == 1:
+                    begin(pair * 2 + 1)
                 load(pair * 2 + 1, 1)
                 self.multiply_unit(stage, acc, *sets[0])
-                load(tirx.min(pair * 2 + 2, share - 1), 0)
+                if chunk_units == 1:
+                    end(pair * 2)
+                following = T.Bind(tirx.min(pair * 2 + 2, share - 1))
+                begin(following)
+                load(following, 0)
                 self.multiply_unit(stage, acc, *sets[1])
+                end(pair * 2 + 1)
         if share % 2:
             self.multiply_unit(stage, acc, *sets[0])
+            if in_ring:
+                self.leave_chunk(stage, tirx.const(part.chunks(stage) - 1, "int32"))
         half = self.sums(stage) // 2
         if half == work.rows * work.columns * 2:
             with unrolled(half) as i:

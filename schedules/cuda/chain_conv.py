@@ -8,7 +8,7 @@ each stage.  ``conv``: a dense convolution.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 from tvm import tirx
@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.chain import Buffers, Chain
 from tdc_tvm.schedules.cuda.pack import pack_bias, pack_weights
-from tdc_tvm.schedules.cuda.plan import UNITS, Part, round_up
+from tdc_tvm.schedules.cuda.plan import UNITS, Number, Part, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
@@ -52,7 +52,7 @@ def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tupl
 
 def make_part(
     stages: tuple[Conv2dShape, ...],
-    values: Sequence[int],
+    values: Iterable[Number],
     device: DeviceSpec,
     in_width: int | None = None,
     out_width: int | None = None,

@@ -116,11 +116,11 @@ _BODIES = {
 }}"""
         for count, c_type in ((1, "float"), (2, "float2"), (4, "float4"))
     },
-    # Hand-over between the blocks of a cluster: copies that count their bytes at a barrier beside the data,
+    # Copies of weights, and between the blocks of a cluster: they count their bytes at a barrier beside the data,
     # so that nobody waits for more than the data it needs.
-    "tdc_mailbox_open": """void tdc_mailbox_open(float* box) {
+    "tdc_mailbox_open": """void tdc_mailbox_open(float* box, int arrivals) {
   unsigned address = (unsigned)__cvta_generic_to_shared(box);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(address) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }""",
     "tdc_mailbox_expect": """void tdc_mailbox_expect(float* box, int bytes) {
@@ -133,6 +133,17 @@ _BODIES = {
       "{\\n .reg .pred done;\\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
       "@!done bra again;\\n}" :: "r"(address), "r"(parity) : "memory");
+}""",
+    "tdc_mailbox_arrive": """void tdc_mailbox_arrive(float* box) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
+}""",
+    "tdc_fetch": """void tdc_fetch(float* to, const void* from, int bytes, float* box) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(to), barrier = (unsigned)__cvta_generic_to_shared(box);
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :: "r"(address), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }""",
     # To the same place in the shared memory of another block.
     "tdc_send": """void tdc_send(float* from, float* box, int rank, int bytes) {

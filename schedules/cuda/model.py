@@ -105,15 +105,23 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     load_cycles = WARP * 16 * device.clock_hz / device.probe.shared_bytes_per_s_per_core
     product_cycles = _product_flops(part) * device.clock_hz * device.core_count / _flops_per_s(part)
 
-    weights = sum(16 * part.weight_vectors(i) * shared for i, shared in enumerate(part.weights_shared))
+    place, chunks_before, early, later = part.placement, 0, 0, 0
+    missing = []
+    for i in range(len(part.stages)):
+        size, chunks = 16 * part.chunk_vectors(i), part.chunks(i)
+        at_once = place.resident[i] * chunks + place.ring[i] * smaller(chunks, larger(0, place.slots - chunks_before))
+        early = early + size * at_once
+        later = later + size * (chunks - at_once) * place.ring[i]
+        missing.append(size * (chunks - at_once) * (1 - place.ring[i]))
+        chunks_before = chunks_before + chunks * place.ring[i]
     # The next launch's copies begin early where they find room beside this one's blocks.
-    first = transfer(weights) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
+    first = transfer(early) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
     inputs = part.in_pixels(0) * part.in_width * unit.element_bytes
     outputs = part.pixels(part.last) * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us,
-        "weights": (first + (waves - 1) * transfer(weights)) * cycle_us,
+        "weights": (first + (waves - 1) * transfer(early)) * cycle_us,
         "input": turns * (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us,
     }
     for i, work in enumerate(part.works):
@@ -127,9 +135,11 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
-        missing = np.where(part.weights_shared[i], 0, transfer(16 * part.weight_vectors(i)))
-        stage = c.stage_cycles + larger(together * busy, alone) + merge + missing
+        stage = c.stage_cycles + larger(together * busy, alone) + merge + transfer(missing[i])
         parts[f"stage{i}"] = turns * stage * cycle_us
+    # What comes through the ring arrives meanwhile.
+    stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
+    parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later) * cycle_us - stages_us)
     sent = sum(4 * (part.split - 1) * part.slice_words(i) / 128 for i in range(1, len(part.stages)))
     handover = part.is_cluster * (part.last * c.handover_cycles + sent * c.send_cycles)
     parts["handover"] = turns * handover * cycle_us

@@ -14,10 +14,12 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        ``(split, channel tiles, units of depth, rows, lanes, vector)``, zero where there is no weight.
+        ``(split, chunks, channel tiles, parts of the depth, units of a chunk, rows, lanes, vector)``, zero where
+        there is no weight.
     """
     conv, unit, work = part.stages[stage], part.unit, part.works[stage]
-    tiles, steps = part.tiles_of_work(stage)[0], part.share(stage) * work.splits
+    tiles, share, chunk = part.tiles_of_work(stage)[0], part.share(stage), part.chunk_units(stage)
+    chunks, steps = part.chunks(stage), share * work.splits
     channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
     slice_channels = part.slice_channels(stage)
     matrix = np.zeros((part.split * slice_channels, taps, channels), np.float32)
@@ -37,7 +39,11 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
         # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
         words = packed.reshape(part.split, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
         packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
-    return round_to(part.precision, packed)
+    parts = packed.reshape(part.split, tiles, work.splits, share, -1)
+    whole = np.zeros((*parts.shape[:3], chunks * chunk, parts.shape[-1]), np.float32)
+    whole[:, :, :, :share] = parts
+    chunked = whole.reshape(*parts.shape[:3], chunks, chunk, -1).transpose(0, 3, 1, 2, 4, 5)
+    return round_to(part.precision, chunked)
 
 
 def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:

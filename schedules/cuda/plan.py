@@ -9,6 +9,10 @@ shared memory.
 A stage is a product of weights (channels x depth) and pixels (depth x pixels), the depth being the
 window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
 input channels, in units: one unit of depth is what a warp multiplies between two loads.
+
+Weights are copied to shared memory ahead of their use, in *chunks* of a few units of depth of all
+channels.  If they do not fit at once they go through a ring of *slots*: a chunk takes the place of
+one that all warps are done with.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ REGISTERS = 65536
 MAX_CLUSTER = 16
 # Channels of a slice are a multiple of this, so that vectors of results do not cross slices.
 SLICE = 16
+# Bytes of a chunk of weights, and most units of depth: waiting for one costs as much as a few products.
+_CHUNK_BYTES, _CHUNK_UNITS = 8 * 1024, 8
+# A ring's least chunks and bytes: one is multiplied, one waits for the last warp to leave it, the others are under way,
+# and must be large enough to hide the latency of the L2 cache.
+_LEAST_SLOTS, _LEAST_BYTES = 4, 48 * 1024
 
 
 # An int, or an array of them: the same formulas serve one kernel and many.
@@ -131,6 +140,26 @@ class Work:
     rows: Number
     columns: Number
     splits: Number
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of each stage lie.
+
+    Parameters
+    ----------
+    resident : tuple[bool, ...]
+        All of them in shared memory; their chunks lie there one after the other.
+    ring : tuple[bool, ...]
+        Through the ring of ``slots`` of ``slot_vectors`` vectors, mailboxes included.
+    slots, slot_vectors : int
+        Of the ring; no slots if there is none.
+    """
+
+    resident: tuple[Number, ...]
+    ring: tuple[Number, ...]
+    slots: Number
+    slot_vectors: Number
 
 
 @dataclass(frozen=True)
@@ -288,10 +317,41 @@ class Part:
         """Units of depth of one part of the depth."""
         return ceil_div(self.depth_units(stage), self.works[stage].splits)
 
+    @property
+    def has_bulk_copies(self) -> bool:
+        """Whether one thread can copy a chunk, and all can wait for it alone: from sm_90 on."""
+        return self.device.compute_capability >= 90
+
+    def chunk_units(self, stage: int) -> Number:
+        """Units of depth of a chunk, in each part of the depth: one or an even number; all without bulk copies."""
+        share = self.share(stage)
+        if not self.has_bulk_copies:
+            return share
+        most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // 2 * 2)
+        even = ceil_div(share, ceil_div(share, most))
+        return smaller(even + even % 2 * (even > 1), share)
+
+    def chunks(self, stage: int) -> Number:
+        """Chunks of a stage's weights."""
+        return ceil_div(self.share(stage), self.chunk_units(stage))
+
+    def unit_vectors(self, stage: int) -> Number:
+        """Vectors of a unit of depth, of each part of it, of all channels of a slice."""
+        work = self.works[stage]
+        return self.tiles_of_work(stage)[0] * work.splits * work.rows * self.unit.weight_lanes
+
+    def chunk_vectors(self, stage: int) -> Number:
+        """Vectors of a chunk."""
+        return self.chunk_units(stage) * self.unit_vectors(stage)
+
     def weight_vectors(self, stage: int) -> Number:
         """Vectors of one slice's packed weights."""
-        work = self.works[stage]
-        return self.tiles_of_work(stage)[0] * self.share(stage) * work.splits * work.rows * self.unit.weight_lanes
+        return self.chunks(stage) * self.chunk_vectors(stage)
+
+    def turns_of_work(self, stage: int) -> Number:
+        """Warp tiles that a warp computes one after the other."""
+        channel_tiles, pixel_tiles = self.tiles_of_work(stage)
+        return ceil_div(channel_tiles * pixel_tiles, self.warps // self.works[stage].splits)
 
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
@@ -310,16 +370,41 @@ class Part:
             words = larger(words, (work.splits > 1) * work.splits * self.pixels(i) * self.scratch_pitch(i))
         return words
 
+    def resident_vectors(self, stage: int) -> Number:
+        """Shared memory of all of a stage's chunks; bulk copies need two mailboxes for each."""
+        return self.chunks(stage) * (self.chunk_vectors(stage) + self.has_bulk_copies)
+
     @functools.cached_property
-    def weights_shared(self) -> tuple[Number, ...]:
-        """Which stages' weights are copied to shared memory before they are needed: as many as fit, the core first."""
+    def placement(self) -> Placement:
+        """Where weights lie: all in shared memory if there is room, else in a ring, else in global memory.
+
+        A block that computes but one tile reads its weights once in any case, and leaves room for a block of the
+        next launch if it can.  The core comes first.
+        """
+        count = range(len(self.stages))
+        sizes = [self.resident_vectors(i) for i in count]
+        # Warps that compute several tiles of a stage read its weights several times, and not through a ring.
+        once = [(self.turns_of_work(i) == 1) & self.has_bulk_copies for i in count]
+        slot, chunks, others = 1, 0, 0
+        for i in count:
+            slot = larger(slot, once[i] * (self.chunk_vectors(i) + 1))
+            chunks = chunks + once[i] * self.chunks(i)
+            others = others + (1 - once[i]) * sizes[i]
+        least = smaller(larger(_LEAST_SLOTS, ceil_div(_LEAST_BYTES, 16 * slot)), chunks)
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
-        order = sorted(range(len(self.stages)), key=lambda i: (i != self.core_index, i))
-        shared: list[Number] = [False] * len(self.stages)
-        for i in order:
-            shared[i] = self.weight_vectors(i) <= room
-            room = room - shared[i] * self.weight_vectors(i)
-        return tuple(shared)
+        half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
+        is_short = self.tile_count * self.split <= self.device.core_count
+        halved = is_short & (smaller(sum(sizes), least * slot + others) <= half)
+        room = halved * half + (1 - halved) * room
+        whole = sum(sizes) <= room
+        ring = (whole == 0) & (least > 0) & (least * slot <= room)
+        room = room - ring * least * slot
+        resident: list[Number] = [False] * len(sizes)
+        for i in sorted(count, key=lambda i: (i != self.core_index, i)):
+            resident[i] = whole | ((ring & once[i] == 0) & (sizes[i] <= room))
+            room = room - resident[i] * sizes[i]
+        slots = ring * smaller(chunks, least + larger(0, room) // slot)
+        return Placement(tuple(resident), tuple(ring & one for one in once), slots, slot)
 
     @property
     def mailbox_words(self) -> Number:
@@ -342,8 +427,9 @@ class Part:
     @functools.cached_property
     def smem_bytes(self) -> Number:
         """Shared memory of a block."""
-        weights = sum(self.weight_vectors(i) * shared for i, shared in enumerate(self.weights_shared))
-        return 4 * self.fixed_words + 16 * weights
+        place = self.placement
+        weights = sum(self.resident_vectors(i) * resident for i, resident in enumerate(place.resident))
+        return 4 * self.fixed_words + 16 * (weights + place.slots * place.slot_vectors)
 
     @property
     def overlaps(self) -> Number:

@@ -129,29 +129,35 @@ static float tdc_tf32(float value) {
   memcpy(&value, &word, 4);
   return value;
 }
+static Warp& warp_of_self() { return warps[(self->block * threads_of_block + self->thread) / 32]; }
+// `last` is done when all lanes have come.
+template <class F> static void with_warp(F last) {
+  Warp& warp = warp_of_self();
+  unsigned generation = warp.generation;
+  if (++warp.arrived == 32) {
+    last();
+    warp.arrived = 0;
+    ++warp.generation;
+    ++progress;
+  } else {
+    while (warp.generation == generation) wait_as(AT_WARP);
+  }
+}
+static void __syncwarp() { with_warp([] {}); }
 static float tdc_swap(float value) {
-  Warp& warp = warps[(self->block * threads_of_block + self->thread) / 32];
+  Warp& warp = warp_of_self();
   int lane = self->thread % 32;
   warp.values[lane] = value;
-  for (int pass = 0; pass < 2; ++pass) {  // all have given, then all have taken
-    if (pass == 1) value = warp.values[lane ^ 1];
-    unsigned generation = warp.generation;
-    if (++warp.arrived == 32) {
-      warp.arrived = 0;
-      ++warp.generation;
-      ++progress;
-    } else {
-      while (warp.generation == generation) wait_as(AT_WARP);
-    }
-  }
+  __syncwarp();
+  value = warp.values[lane ^ 1];
+  __syncwarp();
   return value;
 }
 template <class T> static void mma(float* c0, float* c1, const float* a0, const float* a1, const float* b) {
-  Warp& warp = warps[(self->block * threads_of_block + self->thread) / 32];
+  Warp& warp = warp_of_self();
   int lane = self->thread % 32;
   warp.c0[lane] = c0; warp.c1[lane] = c1; warp.a0[lane] = a0; warp.a1[lane] = a1; warp.b[lane] = b;
-  unsigned generation = warp.generation;
-  if (++warp.arrived == 32) {
+  with_warp([&] {
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < 8; ++column) {
         float sums[2] = {0, 0};
@@ -169,12 +175,7 @@ template <class T> static void mma(float* c0, float* c1, const float* a0, const 
         warp.c0[owner][place] += sums[0];
         warp.c1[owner][place] += sums[1];
       }
-    warp.arrived = 0;
-    ++warp.generation;
-    ++progress;
-  } else {
-    while (warp.generation == generation) wait_as(AT_WARP);
-  }
+  });
 }
 #define MMA(dtype, T) \\
   static void tdc_mma_##dtype(float* c0, float* c1, const float* a0, const float* a1, const float* b) { \\
@@ -194,27 +195,42 @@ static void tdc_cluster_arrive() {
 static void tdc_cluster_wait() {
   while (cluster_phase == self->phase) wait_as(AT_CLUSTER);
 }
-struct Mailbox { int waiting, phase; };  // bytes that are missing; negative if they came before they were expected
+// A phase is over when all have arrived and all expected bytes have come, in any order.
+struct Mailbox { int missing; uint8_t arrivals, waiting; uint16_t phase; };
 static Mailbox& mailbox(float* box, int rank) { return *(Mailbox*)(shared_of(rank) + (box - shared_of(self->block))); }
-static void tdc_mailbox_open(float* box) { mailbox(box, self->block) = {0, 0}; }
+static void settle(Mailbox& box) {
+  ++progress;
+  if (box.waiting || box.missing) return;
+  box.waiting = box.arrivals;
+  ++box.phase;
+}
+static void tdc_mailbox_open(float* box, int arrivals) {
+  mailbox(box, self->block) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
+}
 static void tdc_mailbox_expect(float* box, int bytes) {
   Mailbox& mine = mailbox(box, self->block);
-  mine.waiting += bytes;
-  mine.phase += 1;
-  ++progress;
+  mine.missing += bytes;
+  mine.waiting -= 1;
+  settle(mine);
+}
+static void tdc_mailbox_arrive(float* box) {
+  __syncwarp();
+  if (self->thread % 32) return;
+  mailbox(box, self->block).waiting -= 1;
+  settle(mailbox(box, self->block));
 }
 static void tdc_mailbox_wait(float* box, int parity) {
-  // The phase that began with the latest expectation is over when nothing is missing.
-  while (true) {
-    Mailbox& mine = mailbox(box, self->block);
-    if (mine.phase > 0 && (mine.phase - 1) % 2 == parity && mine.waiting <= 0) return;
-    wait_as(AT_CLUSTER);
-  }
+  while (mailbox(box, self->block).phase % 2 == parity) wait_as(AT_CLUSTER);
 }
 static void tdc_send(float* from, float* box, int rank, int bytes) {
   memcpy(shared_of(rank) + (from - shared_of(self->block)), from, bytes);
-  mailbox(box, rank).waiting -= bytes;
-  ++progress;
+  mailbox(box, rank).missing -= bytes;
+  settle(mailbox(box, rank));
+}
+static void tdc_fetch(float* to, const void* from, int bytes, float* box) {
+  memcpy(to, from, bytes);
+  mailbox(box, self->block).missing -= bytes;
+  settle(mailbox(box, self->block));
 }
 static void tdc_fence_copies() {}
 

@@ -159,15 +159,40 @@ def test_blocks_can_compute_several_tiles(tmp_path):
     assert not emulate(tmp_path, runs)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_weights_go_through_a_ring(tmp_path, precision):
+    """One tile or several, a block or a cluster, the depth whole or in parts."""
+    dense = Conv2dShape(1, 8, 8, 64, 96, (3, 3), padding=SAME, precision=precision)
+    case = gpu_check.Case(TuckerConvShape(dense, 48, 96), Epilogue(True, 0.0), (True, True, True))
+    runs = []
+    for processors in (132, 1):
+        smem_bytes = (76 if precision == "fp16" else 96) * 1024
+        device = replace(H100, core_count=processors, smem_per_block_optin_bytes=smem_bytes)
+        for config in (
+            config_of("tile", (2, 4, 1, 8)),
+            config_of("tile", (2, 2, 1, 4)),
+            config_of("cluster", (2, 4, 2, 3)),
+            config_of("three", (4, 4, 1, 4), (2, 4, 1, 6), (4, 4, 1, 4)),
+        ):
+            runs.append((case, config, device))
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    stages = [(part, i) for part in parts for i in range(len(part.stages)) if part.placement.ring[i]]
+    assert {part.rounds > 1 for part, _ in stages} == {False, True}
+    assert {part.works[i].splits > 1 for part, i in stages} == {False, True}
+    assert {part.split > 1 for part, i in stages} == {False, True}
+    assert any(part.tiles_of_work(i)[0] * part.tiles_of_work(i)[1] < part.warps for part, i in stages)
+    assert not emulate(tmp_path, runs)
+
+
 def test_weights_that_do_not_fit_into_shared_memory_are_read_from_global_memory(tmp_path):
-    tight = replace(H100, smem_per_block_optin_bytes=24 * 1024)
+    tight = replace(H100, smem_per_block_optin_bytes=16 * 1024)
     runs = []
     for precision in ("fp32", "fp16"):
         dense = Conv2dShape(1, 6, 6, 64, 64, (3, 3), padding=SAME, precision=precision)
         case = gpu_check.Case(TuckerConvShape(dense, 24, 24), Epilogue(), (True, True, True))
         runs.append((case, config_of("tile", (2, 3, 1, 4)), tight))
     parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
-    assert all(not all(part.weights_shared) for part in parts)
+    assert all(not all(part.placement.resident) and not any(part.placement.ring) for part in parts)
     assert not emulate(tmp_path, runs)
 
 
