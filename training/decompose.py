@@ -248,7 +248,7 @@ def _layers(
         elif users[id(conv.weight)] > 1:
             reason = "shares its weight with another layer"
         if isinstance(conv.weight, nn.UninitializedParameter):
-            kernel = np.empty((0, 0, 0, 0))
+            kernel: np.ndarray = np.empty((0, 0, 0, 0))
         elif reason is None and with_values:
             kernel = _kernel(conv)
         else:

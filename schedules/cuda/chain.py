@@ -87,6 +87,9 @@ class Chain:
             at += part.input_words(stage)
         self.input_at, self.scratch_at = places, at
         at += part.scratch_words
+        # Sums that are sent, by group of pixels, and received, by sender.
+        self.outbox_at, self.inbox_at = at, at + part.exchange_words // 2
+        at += part.exchange_words
         self.weights_at = []
         for stage, resident in enumerate(part.placement.resident):
             self.weights_at.append(at)
@@ -121,8 +124,7 @@ class Chain:
             run("tdc_commit")
         if part.is_cluster:
             with T.If(thread == 0), T.Then():
-                for stage in range(self.last):
-                    run("tdc_mailbox_open", self.place(2 * stage), 1)
+                run("tdc_mailbox_open", self.place(0), 1)
             run("tdc_cluster_arrive")
         run("tdc_wait_for_dependencies")
         # Not earlier: kernels that wait two ahead delay the one between by microseconds (seen on an H100).
@@ -139,11 +141,6 @@ class Chain:
             core = part.core
             self.in_y0 = T.Bind(self.out_y0 * core.stride[0] - core.padding[0])
             self.in_x0 = T.Bind(self.out_x0 * core.stride[1] - core.padding[1])
-            if part.is_cluster:
-                with T.If(thread == 0), T.Then():
-                    for stage in range(self.last):
-                        sent = 4 * (part.split - 1) * part.slice_words(stage + 1)
-                        run("tdc_mailbox_expect", self.place(2 * stage), sent)
             if part.is_staged:
                 self.copy_input()
                 run("tdc_commit")
@@ -154,42 +151,47 @@ class Chain:
             for stage in range(len(part.stages)):
                 # Groups of copies that were begun after this stage's: the weights of later ones.
                 run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
-                if part.is_cluster and stage:
-                    run("tdc_fence_copies")
                 barrier()
-                if part.is_cluster and stage == 0:
-                    # Blocks of the cluster must have begun, and opened their mailboxes, before they are sent to.
-                    when(turn == 0 if part.rounds > 1 else None, lambda: run("tdc_cluster_wait"))
-                elif part.is_cluster:
-                    self.exchange(stage, turn)
-                    if stage == self.last and part.rounds == 1:
-                        run("tdc_cluster_arrive")
+                if part.is_cluster and stage == part.core_index:
+                    # All blocks have begun, and read what they were sent for the tile before.
+                    run("tdc_cluster_wait")
                 self.stage(stage)
+                if part.is_cluster and stage == part.core_index:
+                    self.exchange(turn)
+                    run("tdc_cluster_arrive")
             if part.rounds > 1:
-                # Shared memory is written again.  A block that others are still to read from or to send to
-                # cannot be overtaken: each stage needs what all blocks of the cluster send.
+                # Shared memory is written again.
                 barrier()
         if part.is_cluster:
             # What a block sends is read from its shared memory: it stays until all have got everything.
-            if part.rounds > 1:
-                run("tdc_cluster_arrive")
             run("tdc_cluster_wait")
 
-    def exchange(self, stage: int, turn: ir.Expr) -> None:
-        """Send this block's slice of a stage's input to the others of the cluster, and wait for theirs."""
-        part = self.part
-        box = self.place(2 * (stage - 1))
-        with T.If(tirx.all(self.thread < part.split, self.thread != self.rank)), T.Then():
-            words = part.slice_words(stage)
-            run("tdc_send", self.place(self.input_at[stage] + self.rank * words), box, self.thread, 4 * words)
+    def exchange(self, turn: ir.Expr) -> None:
+        """Send sums of the core to the blocks that finish them, and finish those of this block's pixels."""
+        part, stage, box = self.part, self.part.core_index, self.place(0)
+        pitch, group = part.scratch_pitch(stage), part.group_pixels
+
+        def bytes_of(rank: ir.Expr) -> ir.Expr:
+            return tirx.max(tirx.min(part.tile_pixels - rank * group, group), 0) * (4 * pitch)
+
+        run("tdc_fence_copies")
+        barrier()
+        with T.If(self.thread == 0), T.Then():
+            run("tdc_mailbox_expect", box, bytes_of(self.rank) * part.split)
+        with T.If(tirx.all(self.thread < part.split, bytes_of(self.thread) > 0)), T.Then():
+            from_ = self.place(self.outbox_at + self.thread * part.group_words)
+            to = self.place(self.inbox_at + self.rank * part.group_words)
+            run("tdc_send", from_, to, box, self.thread, bytes_of(self.thread))
         run("tdc_mailbox_wait", box, turn % 2)
+        self.add_up(stage, self.inbox_at, part.split, group, part.group_words, self.finish)
 
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights and biases into shared memory."""
         part, bias = self.part, self.buffers.biases[stage]
         if bias is not None:
             count = part.slice_channels(stage)
-            bias_start = T.Bind(self.rank * count)
+            is_sliced = len(part.stages) == 1 or stage < part.core_index
+            bias_start = T.Bind(self.rank * count) if is_sliced else 0
 
             def copy_bias(vector: ir.Expr) -> None:
                 to, from_ = self.place(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
@@ -220,13 +222,17 @@ class Chain:
             self.each(part.chunks(stage), open_and_fetch)
         elif place.resident[stage]:
             vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
-            start = T.Bind(self.rank * vectors)
+            start = T.Bind(self.own_weights(stage))
 
             def copy(vector: ir.Expr) -> None:
                 to = self.place(self.weights_at[stage] + vector * 4)
                 run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
 
             self.each(vectors, copy)
+
+    def own_weights(self, stage: int) -> ir.Expr | int:
+        """The first of this block's vectors of weights."""
+        return self.rank * self.part.weight_vectors(stage) if self.part.is_sliced(stage) else 0
 
     def chunk_at(self, stage: int, place: ir.Expr | int) -> ir.Expr | int:
         """The word where a chunk begins: in its slot of the ring, or its place among the others of its stage."""
@@ -246,7 +252,7 @@ class Chain:
         """Begin to copy a chunk, by one thread."""
         part = self.part
         vectors, box = part.chunk_vectors(stage), self.place(self.mailboxes(stage, place)[0])
-        start = (self.rank * part.weight_vectors(stage) + chunk * vectors) * self.unit.vector
+        start = (self.own_weights(stage) + chunk * vectors) * self.unit.vector
         from_ = address(self.buffers.weights[stage], start)
         run("tdc_mailbox_expect", box, 16 * vectors)
         run("tdc_fetch", self.place(self.chunk_at(stage, place)), from_, 16 * vectors, box)
@@ -307,14 +313,14 @@ class Chain:
         def copy(item: ir.Expr) -> None:
             pixel, vector = T.Bind(item // vectors), T.Bind(item % vectors)
             y, z = self.in_y0 + pixel // part.halo[1], self.in_x0 + pixel % part.halo[1]
-            channel = vector * unit.vector
+            channel = self.own_channels() + vector * unit.vector
             inside = all_of(
                 self.has_tile,
                 y >= 0,
                 y < conv.height,
                 z >= 0,
                 z < conv.width,
-                channel < part.in_width if part.in_width < part.in_channels(0) else True,
+                channel < part.in_width if self.reads_behind_channels() else True,
             )
             to = self.input_at[0] + pixel * part.pitch(0) + vector * 4
             start = address(x, 0, 0, 0, tirx.if_then_else(inside, self.offset(self.image, y, z) + channel, 0))
@@ -327,6 +333,16 @@ class Chain:
             run("tdc_move4", self.place(to), address(words, 0))
 
         self.each(part.halo[0] * part.halo[1] * vectors, copy)
+
+    def own_channels(self) -> ir.Expr | int:
+        """The first channel of the input that this block reads."""
+        return self.rank * self.part.in_channels(0) if self.part.is_cluster and self.part.core_index == 0 else 0
+
+    def reads_behind_channels(self) -> bool:
+        """Whether some block reads more channels than there are."""
+        part = self.part
+        blocks = part.split if part.is_cluster and part.core_index == 0 else 1
+        return part.in_width < blocks * part.in_channels(0)
 
     def offset(self, image: ir.Expr, y: ir.Expr, x: ir.Expr) -> ir.Expr:
         """Where a pixel of the input begins in memory, in elements."""
@@ -345,6 +361,7 @@ class Chain:
         # Their rows and columns, where the padding is not there to be read.
         rows, columns = local(work.columns, "int32"), local(work.columns, "int32")
         split = T.Bind(self.warp // groups)
+        done = self.put_sums if part.is_cluster and stage == part.core_index else self.finish
         with T.serial(rounds) as i:
             item = T.Bind(i * groups + self.warp % groups)
 
@@ -363,7 +380,7 @@ class Chain:
                         T.buffer_store(columns, self.in_x0 + x, [j])
                 self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
                 if work.splits == 1:
-                    self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: self.finish(stage, *at))
+                    self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: done(stage, *at))
                 else:
                     self.each_result(
                         stage, acc, channel_tile, pixel_tile, lambda *at: self.share_sums(stage, split, *at)
@@ -375,7 +392,8 @@ class Chain:
                 when(tirx.Not(busy), lambda: self.pass_chunks(stage))
         if work.splits > 1:
             barrier()
-            self.add_up(stage)
+            words = part.pixels(stage) * part.scratch_pitch(stage)
+            self.add_up(stage, self.scratch_at, work.splits, part.pixels(stage), words, done)
 
     def sums(self, stage: int) -> int:
         """Registers of a lane's sums: of few, the steps of a unit have their own, to depend on each other less."""
@@ -405,8 +423,8 @@ class Chain:
         part = self.part
         y, x = self.position(stage, pixel)
         if part.input_words(stage):
-            width = part.halo[1] if stage <= part.core_index else part.tile_w
-            return (self.input_at[stage] + (y * width + x) * part.pitch(stage)) // 4
+            at = y * part.halo[1] + x if stage <= part.core_index else pixel
+            return (self.input_at[stage] + at * part.pitch(stage)) // 4
         conv = part.stages[0]
         y, x = self.in_y0 + y, self.in_x0 + x
         if not self.reads_padding(stage):
@@ -414,7 +432,7 @@ class Chain:
             y = tirx.max(tirx.min(y, conv.height - 1), 0)
             x = tirx.max(tirx.min(x, conv.width - 1), 0)
         image = self.image if self.has_tile is True else tirx.min(self.image, conv.batch - 1)
-        return self.offset(image, y, x) + self.chunk_lane() * self.unit.vector
+        return self.offset(image, y, x) + self.own_channels() + self.chunk_lane() * self.unit.vector
 
     def reads_padding(self, stage: int) -> bool:
         """Whether a stage reads a window of the input from global memory."""
@@ -449,7 +467,7 @@ class Chain:
                 if is_shared:
                     T.buffer_store(a, self.shared[ramp(at + vector * 4, 4)], [ramp(row * 4, 4)])
                 else:
-                    start = self.rank * part.weight_vectors(stage) + chunk * part.chunk_vectors(stage) + vector
+                    start = self.own_weights(stage) + chunk * part.chunk_vectors(stage) + vector
                     from_ = address(self.buffers.weights[stage], start * unit.vector)
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
             step = split * share + i if work.splits > 1 else i
@@ -459,9 +477,6 @@ class Chain:
             y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
             # In shared memory, from where a pixel begins, in vectors: slice, then pixel, then channel.
             at = step % per_tap * unit.chunks + self.chunk_lane()
-            if stage and part.split > 1:
-                vectors = part.slice_channels(stage - 1) // unit.vector
-                at = at // vectors * (part.slice_words(stage) // 4) + at % vectors
             if conv.kernel != (1, 1):
                 at = at + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
             with unrolled(work.columns) as j:
@@ -512,8 +527,8 @@ class Chain:
     def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr, inside: ir.Expr) -> None:
         """Read one vector of the input from global memory, zeros if it is not inside."""
         part, unit = self.part, self.unit
-        channel = depth + self.chunk_lane() * unit.vector
-        if part.in_width < part.in_channels(0):
+        channel = self.own_channels() + depth + self.chunk_lane() * unit.vector
+        if self.reads_behind_channels():
             inside = tirx.all(inside, channel < part.in_width)
         from_ = address(self.buffers.x, 0, 0, 0, start + depth)
         if part.in_width % unit.vector == 0:
@@ -581,31 +596,43 @@ class Chain:
 
     def share_sums(self, stage: int, split: ir.Expr, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Put sums over a part of the depth where `add_up` finds them."""
-        part, rows = self.part, self.part.works[stage].rows
-        at = self.scratch_at + (split * part.pixels(stage) + pixel) * part.scratch_pitch(stage) + channel
-        for start in range(0, rows, 4):
-            width = min(4, rows - start)
-            run(f"tdc_move{width}", self.place(at + start), address(values, start))
+        self.put(stage, self.scratch_at, split * self.part.pixels(stage) + pixel, channel, values)
 
-    def add_up(self, stage: int) -> None:
-        """Add the parts of the depth, always in the same order, and finish."""
-        part, work = self.part, self.part.works[stage]
-        vectors = part.slice_channels(stage) // work.rows
-        pitch, pixels = part.scratch_pitch(stage), part.pixels(stage)
+    def put_sums(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
+        """Put a block's part of the core's sums where `exchange` sends them from."""
+        self.put(stage, self.outbox_at, pixel, channel, values)
+
+    def put(self, stage: int, start: int, row: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
+        """Store a lane's sums, one row for each pixel."""
+        rows, at = self.part.works[stage].rows, start + row * self.part.scratch_pitch(stage) + channel
+        for first in range(0, rows, 4):
+            run(f"tdc_move{min(4, rows - first)}", self.place(at + first), address(values, first))
+
+    def add_up(
+        self,
+        stage: int,
+        start: int,
+        count: int,
+        pixels: int,
+        words: int,
+        done: Callable[[int, ir.Expr, ir.Expr, tirx.Buffer], None],
+    ) -> None:
+        """Add ``count`` parts of the depth of so many pixels, ``words`` apart, always in the same order."""
+        part, rows = self.part, self.part.works[stage].rows
+        vectors = part.slice_channels(stage) // rows
 
         def add(item: ir.Expr) -> None:
-            values = local(work.rows)
-            pixel, channel = T.Bind(item // vectors), T.Bind(item % vectors * work.rows)
-            at = T.Bind(self.scratch_at + pixel * pitch + channel)
-            more = local(work.rows)
-            for split in range(work.splits):
-                for start in range(0, work.rows, 4):
-                    from_ = self.place(at + split * (pixels * pitch) + start)
-                    run(f"tdc_move{min(4, work.rows)}", address(more if split else values, start), from_)
-                if split:
-                    with unrolled(work.rows) as row:
+            values, more = local(rows), local(rows)
+            pixel, channel = T.Bind(item // vectors), T.Bind(item % vectors * rows)
+            at = T.Bind(start + pixel * part.scratch_pitch(stage) + channel)
+            for number in range(count):
+                for first in range(0, rows, 4):
+                    from_ = self.place(at + number * words + first)
+                    run(f"tdc_move{min(4, rows)}", address(more if number else values, first), from_)
+                if number:
+                    with unrolled(rows) as row:
                         T.buffer_store(values, values[row] + more[row], [row])
-            self.finish(stage, pixel, channel, values)
+            done(stage, pixel, channel, values)
 
         self.each(pixels * vectors, add)
 
@@ -617,12 +644,16 @@ class Chain:
                 bias = self.shared[part.bias_at(stage) + channel + row]
                 T.buffer_store(values, values[row] + bias, [row])
         if stage == self.last:
-            self.store(pixel, T.Bind(self.rank * part.slice_channels(stage) + channel), values, rows)
+            if len(part.stages) == 1 and part.split > 1:
+                channel = T.Bind(self.rank * part.slice_channels(stage) + channel)
+            elif part.is_cluster:
+                pixel = T.Bind(self.rank * part.group_pixels + pixel)
+            self.store(pixel, channel, values, rows)
         else:
             self.hand_on(stage, pixel, channel, values, rows)
 
     def hand_on(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
-        """Store into this block's slice of the next stage's input; the core's padding is zero."""
+        """Store into the next stage's input; the core's padding is zero."""
         part = self.part
         # A copied input is zero there, and so is what follows from it without a bias.
         if stage < part.core_index and not (part.is_staged and self.buffers.biases[stage] is None):
@@ -633,8 +664,6 @@ class Chain:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
         words, count = self.to_words(values, rows)
         at = self.input_at[stage + 1] + pixel * part.pitch(stage + 1) + channel * self.unit.element_bytes // 4
-        if part.split > 1:
-            at = at + self.rank * part.slice_words(stage + 1)
         for start in range(0, count, 4):
             run(f"tdc_move{min(4, count - start)}", self.place(at + start), address(words, start))
 
@@ -658,7 +687,7 @@ class Chain:
         core = part.core
         y, x = T.Bind(self.out_y0 + pixel // part.tile_w), T.Bind(self.out_x0 + pixel % part.tile_w)
         whole = part.out_width % rows == 0
-        covered = part.split * part.slice_channels(self.last)
+        covered = part.slice_channels(self.last) * (part.split if len(part.stages) == 1 else 1)
 
         def store() -> None:
             with unrolled(rows) as row:
@@ -681,6 +710,7 @@ class Chain:
 
         inside = all_of(
             self.has_tile,
+            pixel < part.tile_pixels if part.is_cluster and part.tile_pixels % part.split else True,
             y < core.out_height if core.out_height % part.tile_h else True,
             x < core.out_width if core.out_width % part.tile_w else True,
             channel < part.out_width if covered > part.out_width else True,

@@ -87,7 +87,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec) -> list[tuple[KernelConfig,
 def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """All ways to compute some stages by one kernel, as values of `FIELDS`, and their predicted latencies."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
-    options = itertools.product(tiles(core, _LEAST, _MOST), splits(stages, MAX_CLUSTER), _WARPS)
+    options = itertools.product(tiles(core, _LEAST, _MOST), splits(stages, core, MAX_CLUSTER), _WARPS)
     grid = [(*tile, split, warps) for tile, split, warps in options]
     part = chain_conv.make_part(stages, np.array(grid).T, device)
     fits = np.broadcast_to(part.fits, len(grid))

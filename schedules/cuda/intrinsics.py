@@ -145,11 +145,11 @@ _BODIES = {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(address), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }""",
-    # To the same place in the shared memory of another block.
-    "tdc_send": """void tdc_send(float* from, float* box, int rank, int bytes) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(from), barrier = (unsigned)__cvta_generic_to_shared(box);
-  unsigned remote, remote_box;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    # To the shared memory of another block of the cluster, where ``to`` and ``box`` lie in this one's.
+    "tdc_send": """void tdc_send(float* from, float* to, float* box, int rank, int bytes) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(from), place = (unsigned)__cvta_generic_to_shared(to);
+  unsigned barrier = (unsigned)__cvta_generic_to_shared(box), remote, remote_box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(place), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(barrier), "r"(rank));
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(remote), "r"(address), "r"(bytes), "r"(remote_box) : "memory");

@@ -38,7 +38,7 @@ class Constants:
     stage_cycles, item_cycles : float
         What a stage, and a warp's tile of it, take besides.
     handover_cycles, send_cycles : float
-        Between the stages of a cluster: once, and for 128 bytes that a block is sent.
+        Between the blocks of a cluster: once, and for 128 bytes that a block is sent.
     merge_cycles, sum_cycles : float
         Where the depth is split: once, and on the processor for 128 bytes of partial sums.
     """
@@ -116,8 +116,8 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         chunks_before = chunks_before + chunks * place.ring[i]
     # The next launch's copies begin early where they find room beside this one's blocks.
     first = transfer(early) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
-    inputs = part.in_pixels(0) * part.in_width * unit.element_bytes
-    outputs = part.pixels(part.last) * ceil_div(part.out_width, part.split) * unit.element_bytes
+    inputs = part.in_pixels(0) * smaller(part.in_width, part.in_channels(0)) * unit.element_bytes
+    outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us,
@@ -140,8 +140,9 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     # What comes through the ring arrives meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
     parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later) * cycle_us - stages_us)
-    sent = sum(4 * (part.split - 1) * part.slice_words(i) / 128 for i in range(1, len(part.stages)))
-    handover = part.is_cluster * (part.last * c.handover_cycles + sent * c.send_cycles)
+    sent = 4 * (part.split - 1) * part.group_words / 128
+    added = together * part.split * part.group_words / 32
+    handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
     parts["handover"] = turns * handover * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
     return parts

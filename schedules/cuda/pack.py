@@ -14,32 +14,38 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        ``(split, chunks, channel tiles, parts of the depth, units of a chunk, rows, lanes, vector)``, zero where
+        ``(blocks, chunks, channel tiles, parts of the depth, units of a chunk, rows, lanes, vector)``, zero where
         there is no weight.
     """
     conv, unit, work = part.stages[stage], part.unit, part.works[stage]
     tiles, share, chunk = part.tiles_of_work(stage)[0], part.share(stage), part.chunk_units(stage)
     chunks, steps = part.chunks(stage), share * work.splits
     channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
-    slice_channels = part.slice_channels(stage)
-    matrix = np.zeros((part.split * slice_channels, taps, channels), np.float32)
-    # A kernel of the last part can have fewer channels than its neighbour handed on, which are zero.
-    matrix[: conv.out_channels, :, : conv.in_channels] = weights.kernel.reshape(
-        conv.out_channels, conv.in_channels, taps
-    ).transpose(0, 2, 1)
-    padded = np.zeros((part.split, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
-    padded[:, :slice_channels, : taps * channels] = matrix.reshape(part.split, slice_channels, -1)
+    blocks = part.split if part.is_sliced(stage) else 1
+    kernel = weights.kernel.reshape(conv.out_channels, conv.in_channels, taps).transpose(0, 2, 1)
+    padded = np.zeros((blocks, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
+    for rank in range(blocks):
+        # Those of the channels that this block computes, or of the channels that it has.
+        own, read = slice(None), slice(None)
+        if len(part.stages) == 1 or stage < part.core_index:
+            own = slice(rank * part.slice_channels(stage), (rank + 1) * part.slice_channels(stage))
+        else:
+            read = slice(rank * channels, (rank + 1) * channels)
+        part_of = kernel[own, :, read]
+        matrix = np.zeros((part_of.shape[0], taps, channels), np.float32)
+        matrix[:, :, : part_of.shape[2]] = part_of
+        padded[rank, : part_of.shape[0], : taps * channels] = matrix.reshape(-1, taps * channels)
     # channel = (tile, lane, rows), depth = (unit, chunk, vector)
-    split = padded.reshape(part.split, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
+    split = padded.reshape(blocks, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
     packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
-        part.split, tiles, steps, work.rows, unit.weight_lanes, unit.vector
+        blocks, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )
     if unit.name == "mma":
         # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
         # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
-        words = packed.reshape(part.split, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
+        words = packed.reshape(blocks, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
         packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
-    parts = packed.reshape(part.split, tiles, work.splits, share, -1)
+    parts = packed.reshape(blocks, tiles, work.splits, share, -1)
     whole = np.zeros((*parts.shape[:3], chunks * chunk, parts.shape[-1]), np.float32)
     whole[:, :, :, :share] = parts
     chunked = whole.reshape(*parts.shape[:3], chunks, chunk, -1).transpose(0, 3, 1, 2, 4, 5)
@@ -48,7 +54,10 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
 
 def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
     """Fill up a bias with zeros; FP32."""
-    padded = np.zeros(part.split * part.slice_channels(stage), np.float32)
+    channels = part.slice_channels(stage)
+    # The core's sums are complete in the block that adds them up.
+    is_whole = len(part.stages) > 1 and stage >= part.core_index
+    padded = np.zeros(channels if is_whole else part.split * channels, np.float32)
     padded[: bias.size] = bias
     return padded
 

@@ -2,9 +2,10 @@
 
 A *part* is one kernel: one to three consecutive stages of a Tucker convolution, or a whole dense
 one.  A block computes all its stages over a spatial tile.  What one stage hands to the next stays in
-shared memory.  ``split`` blocks share a tile: each computes a slice of every stage's channels.  If
-there is more than one stage they form a cluster, and store what they hand on into each other's
-shared memory.
+shared memory.  ``split`` blocks can share a tile.  With one stage, each computes a slice of its
+channels.  With several they form a cluster: each computes a slice of the channels that the core
+reads, and from them its part of the core's sums; the parts meet in shared memory, where each block
+adds up those of a group of pixels, and computes the stages after the core for them.
 
 A stage is a product of weights (channels x depth) and pixels (depth x pixels), the depth being the
 window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
@@ -32,7 +33,7 @@ MAX_THREADS = 1024
 REGISTERS = 65536
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
-# Channels of a slice are a multiple of this, so that vectors of results do not cross slices.
+# Channels of a slice are a multiple of this: vectors of results do not cross slices.
 SLICE = 16
 # Bytes of a chunk of weights, and most units of depth: waiting for one costs as much as a few products.
 _CHUNK_BYTES, _CHUNK_UNITS = 8 * 1024, 8
@@ -252,7 +253,7 @@ class Part:
         All its loads are then under way together.  An input that takes more than half of the shared
         memory, or three quarters if it is read several times, is read from global memory instead.
         """
-        words = self.halo[0] * self.halo[1] * self.pitch(0)
+        words = self.in_pixels(0) * self.pitch(0)
         quarters = 3 if self.is_windowed else 2
         return 4 * words <= self.device.smem_per_block_optin_bytes * quarters // 4
 
@@ -261,17 +262,36 @@ class Part:
         """Whether the first stage reads each input several times, or padding."""
         return self.core_index == 0 and (self.core.kernel != (1, 1) or any(self.core.padding))
 
+    @property
+    def tile_pixels(self) -> Number:
+        """Positions of the core's output in a tile."""
+        return self.tile_h * self.tile_w
+
+    @property
+    def group_pixels(self) -> Number:
+        """Those that one block of a cluster finishes."""
+        return ceil_div(self.tile_pixels, self.split)
+
     def pixels(self, stage: int) -> Number:
         """Positions of a stage's output that a block computes."""
-        return self.halo[0] * self.halo[1] if stage < self.core_index else self.tile_h * self.tile_w
+        if stage < self.core_index:
+            return self.halo[0] * self.halo[1]
+        return self.tile_pixels if stage == self.core_index else self.group_pixels
 
     def in_pixels(self, stage: int) -> Number:
         """Positions of a stage's input that a block needs."""
-        return self.halo[0] * self.halo[1] if stage <= self.core_index else self.tile_h * self.tile_w
+        return self.halo[0] * self.halo[1] if stage <= self.core_index else self.pixels(stage)
 
-    def in_channels(self, stage: int) -> int:
-        """Input channels of a stage, filled up to whole units of depth."""
-        return round_up(self.stages[stage].in_channels, self.unit.depth)
+    def is_sliced(self, stage: int) -> bool:
+        """Whether each of the blocks that share a tile has weights of its own."""
+        return len(self.stages) == 1 or stage <= self.core_index
+
+    def in_channels(self, stage: int) -> Number:
+        """Input channels of a stage that a block reads, filled up to whole units of depth."""
+        channels = self.stages[stage].in_channels
+        if stage != self.core_index or len(self.stages) == 1:
+            return round_up(channels, self.unit.depth)
+        return round_up(ceil_div(channels, self.split), larger(self.unit.depth, SLICE * (self.split > 1)))
 
     def depth_units(self, stage: int) -> int:
         """Units of depth of a stage, all taps."""
@@ -281,15 +301,11 @@ class Part:
     def slice_channels(self, stage: int) -> Number:
         """Output channels that a block computes; those behind the last channel are zero."""
         needed = self.in_channels(stage + 1) if stage < self.last else self.out_width
-        return slice_channels(max(needed, self.stages[stage].out_channels), self.split)
+        return slice_channels(needed, self.split if len(self.stages) == 1 else 1)
 
     def pitch(self, stage: int) -> Number:
-        """Words from one pixel of a stage's input in shared memory to the next, within a slice of channels."""
+        """Words from one pixel of a stage's input in shared memory to the next."""
         return self.unit.pitch(self.slice_channels(stage - 1) if stage else self.in_channels(0))
-
-    def slice_words(self, stage: int) -> Number:
-        """Shared memory of one slice of what a stage is handed: each block of a cluster sends its own."""
-        return self.in_pixels(stage) * self.pitch(stage)
 
     @functools.cached_property
     def works(self) -> tuple[Work, ...]:
@@ -355,8 +371,7 @@ class Part:
 
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
-        words = self.slice_words(stage)
-        return words * self.split if stage else words * self.is_staged
+        return self.in_pixels(stage) * self.pitch(stage) * (self.is_staged if stage == 0 else 1)
 
     def scratch_pitch(self, stage: int) -> Number:
         """Words from one pixel of the exchanged sums to the next."""
@@ -408,8 +423,18 @@ class Part:
 
     @property
     def mailbox_words(self) -> Number:
-        """Shared memory that counts what other blocks of a cluster have sent: two words for each hand-over."""
+        """Shared memory that counts what the blocks of a cluster have sent: two words, and two to fill up a vector."""
         return self.is_cluster * 4
+
+    @property
+    def group_words(self) -> Number:
+        """Shared memory of the core's sums for the pixels that one block of a cluster finishes."""
+        return self.group_pixels * self.scratch_pitch(self.core_index)
+
+    @property
+    def exchange_words(self) -> Number:
+        """Shared memory of sums that are sent and received."""
+        return self.is_cluster * 2 * self.split * self.group_words
 
     def bias_at(self, stage: int) -> Number:
         """Where a stage's biases lie in shared memory, behind the mailboxes."""
@@ -421,6 +446,7 @@ class Part:
         return (
             self.bias_at(len(self.stages))
             + self.scratch_words
+            + self.exchange_words
             + sum(self.input_words(i) for i in range(len(self.stages)))
         )
 
@@ -501,7 +527,7 @@ def work_options(name: str) -> np.ndarray:
     return np.array(options).T
 
 
-def choose_work(pixels: Number, channels: Number, units: int, warps: Number, unit: Unit) -> Work:
+def choose_work(pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit) -> Work:
     """The division of a stage that takes the least time, by a count of cycles; of equals the first.
 
     Parameters
@@ -514,12 +540,12 @@ def choose_work(pixels: Number, channels: Number, units: int, warps: Number, uni
         What multiplies.
     """
     rows, columns, splits = options = work_options(unit.name)
-    pixels_, channels_, warps_ = (np.asarray(value)[..., None] for value in (pixels, channels, warps))
-    allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units))
+    pixels_, channels_, units_, warps_ = (np.asarray(value)[..., None] for value in (pixels, channels, units, warps))
+    allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units_))
     allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
     allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
     allowed &= registers_of(Work(rows, columns, splits), unit) <= np.minimum(255, REGISTERS // (WARP * warps_))
-    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units, warps_, unit)
+    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units_, warps_, unit)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
     chosen = options[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from tdc_tvm.schedules.cuda.plan import slice_channels
+from tdc_tvm.schedules.cuda.plan import SLICE, UNITS, ceil_div, round_up, slice_channels
 from tdc_tvm.schedules.shape import Conv2dShape
 
 
-def splits(stages: tuple[Conv2dShape, ...], most: int) -> list[int]:
-    """Numbers of blocks to share a tile with: each that leaves a block markedly fewer weights than all lower ones."""
+def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape, most: int) -> list[int]:
+    """Numbers of blocks to share a tile with: each that leaves a block fewer channels than all lower ones.
+
+    One stage is divided by its output channels, several by the channels that the core reads.
+    """
+    unit = UNITS[core.precision].depth
     found: list[int] = []
     least = float("inf")
     for split in range(1, most + 1):
-        weights = sum(
-            slice_channels(stage.out_channels, split) * stage.weight_count / stage.out_channels for stage in stages
-        )
-        if weights < 0.85 * least:
+        if len(stages) == 1:
+            channels, much = slice_channels(core.out_channels, split), 0.85
+        else:
+            channels, much = round_up(ceil_div(core.in_channels, split), max(unit, SLICE)), 1.0
+        if channels < much * least:
             found.append(split)
-            least = weights
+            least = channels
     return found
 
 

@@ -222,8 +222,8 @@ static void tdc_mailbox_arrive(float* box) {
 static void tdc_mailbox_wait(float* box, int parity) {
   while (mailbox(box, self->block).phase % 2 == parity) wait_as(AT_CLUSTER);
 }
-static void tdc_send(float* from, float* box, int rank, int bytes) {
-  memcpy(shared_of(rank) + (from - shared_of(self->block)), from, bytes);
+static void tdc_send(float* from, float* to, float* box, int rank, int bytes) {
+  memcpy(shared_of(rank) + (to - shared_of(self->block)), from, bytes);
   mailbox(box, rank).missing -= bytes;
   settle(mailbox(box, rank));
 }
