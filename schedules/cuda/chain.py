@@ -6,6 +6,7 @@ operands are words too; only the product looks at what they mean.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,29 @@ class Buffers:
     weights: Sequence[tirx.Buffer]
     biases: Sequence[tirx.Buffer | None]
     residual: tirx.Buffer | None
+
+
+@dataclass
+class Tile:
+    """Where a tile lies.
+
+    Parameters
+    ----------
+    image : Expr
+        Of the batch.
+    out_y0, out_x0, in_y0, in_x0 : Expr
+        First row and column of the core's output, and of its input, padding counted.
+    exists : Expr or True
+        Whether it is one.  A block without a tile left computes one that is outside of the batch, and stores
+        nothing of it.
+    """
+
+    image: ir.Expr
+    out_y0: ir.Expr
+    out_x0: ir.Expr
+    in_y0: ir.Expr
+    in_x0: ir.Expr
+    exists: ir.Expr | bool
 
 
 def local(count: int, dtype: str = "float32") -> tirx.Buffer:
@@ -119,39 +143,44 @@ class Chain:
         # is no room beside it, this kernel begins with what it needs first.
         late = range(1 if part.is_staged and not part.overlaps else len(part.stages), len(part.stages))
         early = range(late.start)
+        if part.has_bulk_copies:
+            self.open_mailboxes()
         for stage in early:
             self.copy_weights(stage)
             run("tdc_commit")
         if part.is_cluster:
-            with T.If(thread == 0), T.Then():
-                run("tdc_mailbox_open", self.place(0), 1)
             run("tdc_cluster_arrive")
         run("tdc_wait_for_dependencies")
         # Not earlier: kernels that wait two ahead delay the one between by microseconds (seen on an H100).
         run("tdc_launch_dependents")
-        groups = part.blocks // part.split
-        with T.serial(part.rounds) as turn:
-            self.turn = turn
-            tile = T.Bind(turn * groups + block)
-            self.image = T.Bind(tile // (part.tiles[0] * part.tiles[1]))
-            self.out_y0 = T.Bind(tile // part.tiles[1] % part.tiles[0] * part.tile_h)
-            self.out_x0 = T.Bind(tile % part.tiles[1] * part.tile_w)
-            # A block without a tile left computes one that is outside of the batch, and stores nothing of it.
-            self.has_tile = tile < part.tile_count if part.tile_count % groups else True
-            core = part.core
-            self.in_y0 = T.Bind(self.out_y0 * core.stride[0] - core.padding[0])
-            self.in_x0 = T.Bind(self.out_x0 * core.stride[1] - core.padding[1])
-            if part.is_staged:
-                self.copy_input()
-                run("tdc_commit")
+        ahead = part.buffers > 1
+        if ahead:
+            self.copy_input(self.tile_of(block), 0)
+            run("tdc_commit")
             for stage in late:
-                with T.If(turn == 0), T.Then():
-                    self.copy_weights(stage)
+                self.copy_weights(stage)
+            run("tdc_commit")
+        with T.serial(part.rounds) as turn:
+            self.turn, self.tile = turn, self.tile_of(turn * (part.blocks // part.split) + block)
+            if part.is_staged and not ahead:
+                self.copy_input(self.tile, 0)
                 run("tdc_commit")
+                for stage in late:
+                    with T.If(turn == 0), T.Then():
+                        self.copy_weights(stage)
+                    run("tdc_commit")
             for stage in range(len(part.stages)):
-                # Groups of copies that were begun after this stage's: the weights of later ones.
-                run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
+                # Groups of copies that were begun after this stage's: the next input, or the weights of later ones.
+                if ahead:
+                    run(f"tdc_await{min(1, stage)}")
+                else:
+                    run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
                 barrier()
+                if ahead and stage == 0:
+                    with T.If(turn < part.rounds - 1), T.Then():
+                        following = self.tile_of((turn + 1) * (part.blocks // part.split) + block)
+                        self.copy_input(following, (turn + 1) % 2)
+                    run("tdc_commit")
                 if part.is_cluster and stage == part.core_index:
                     # All blocks have begun, and read what they were sent for the tile before.
                     run("tdc_cluster_wait")
@@ -165,6 +194,20 @@ class Chain:
         if part.is_cluster:
             # What a block sends is read from its shared memory: it stays until all have got everything.
             run("tdc_cluster_wait")
+
+    def tile_of(self, number: ir.Expr) -> Tile:
+        """The place of a tile of the batch."""
+        part, core, number = self.part, self.part.core, T.Bind(number)
+        out_y0 = T.Bind(number // part.tiles[1] % part.tiles[0] * part.tile_h)
+        out_x0 = T.Bind(number % part.tiles[1] * part.tile_w)
+        return Tile(
+            T.Bind(number // (part.tiles[0] * part.tiles[1])),
+            out_y0,
+            out_x0,
+            T.Bind(out_y0 * core.stride[0] - core.padding[0]),
+            T.Bind(out_x0 * core.stride[1] - core.padding[1]),
+            number < part.tile_count if part.tile_count % (part.blocks // part.split) else True,
+        )
 
     def exchange(self, turn: ir.Expr) -> None:
         """Send sums of the core to the blocks that finish them, and finish those of this block's pixels."""
@@ -185,6 +228,29 @@ class Chain:
         run("tdc_mailbox_wait", box, turn % 2)
         self.add_up(stage, self.inbox_at, part.split, group, part.group_words, self.finish)
 
+    def open_mailboxes(self) -> None:
+        """Make all mailboxes ready."""
+        part, place = self.part, self.part.placement
+
+        def open_slot(slot: ir.Expr) -> None:
+            arrived, left = self.mailboxes(place.ring.index(True), slot)
+            run("tdc_mailbox_open", self.place(arrived), 1)
+            run("tdc_mailbox_open", self.place(left), part.warps)
+
+        def open_chunk(stage: int, chunk: ir.Expr) -> None:
+            run("tdc_mailbox_open", self.place(self.mailboxes(stage, chunk)[0]), 1)
+
+        if part.is_cluster:
+            with T.If(self.thread == 0), T.Then():
+                run("tdc_mailbox_open", self.place(0), 1)
+        for stage, resident in enumerate(place.resident):
+            if resident:
+                self.each(part.chunks(stage), functools.partial(open_chunk, stage))
+        if place.slots:
+            self.each(place.slots, open_slot)
+        run("tdc_fence_copies")
+        barrier()
+
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights and biases into shared memory."""
         part, bias = self.part, self.buffers.biases[stage]
@@ -203,23 +269,10 @@ class Chain:
             first = self.first_chunk[stage]
             fetched = max(0, min(part.chunks(stage), place.slots - first))
 
-            def fill(chunk: ir.Expr) -> None:
-                arrived, left = self.mailboxes(stage, first + chunk)
-                run("tdc_mailbox_open", self.place(arrived), 1)
-                run("tdc_mailbox_open", self.place(left), part.warps)
-                run("tdc_fence_copies")
-                self.fetch(stage, chunk, first + chunk)
-
             if fetched:
-                self.each(fetched, fill)
+                self.each(fetched, lambda chunk: self.fetch(stage, chunk, first + chunk))
         elif place.resident[stage] and part.has_bulk_copies:
-
-            def open_and_fetch(chunk: ir.Expr) -> None:
-                run("tdc_mailbox_open", self.place(self.mailboxes(stage, chunk)[0]), 1)
-                run("tdc_fence_copies")
-                self.fetch(stage, chunk, chunk)
-
-            self.each(part.chunks(stage), open_and_fetch)
+            self.each(part.chunks(stage), lambda chunk: self.fetch(stage, chunk, chunk))
         elif place.resident[stage]:
             vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
             start = T.Bind(self.own_weights(stage))
@@ -304,26 +357,27 @@ class Chain:
             item = T.Bind(trip * threads + self.thread)
             when(all_of(item < count if count % threads else True), lambda: body(item))
 
-    def copy_input(self) -> None:
-        """Copy the tile's input and halo into shared memory, zeros where there is none."""
+    def copy_input(self, tile: Tile, buffer: ir.Expr | int) -> None:
+        """Copy a tile's input and halo into shared memory, zeros where there is none."""
         part, unit = self.part, self.unit
         vectors = part.in_channels(0) // unit.vector
         conv, x = part.stages[0], self.buffers.x
 
         def copy(item: ir.Expr) -> None:
             pixel, vector = T.Bind(item // vectors), T.Bind(item % vectors)
-            y, z = self.in_y0 + pixel // part.halo[1], self.in_x0 + pixel % part.halo[1]
+            y, z = tile.in_y0 + pixel // part.halo[1], tile.in_x0 + pixel % part.halo[1]
             channel = self.own_channels() + vector * unit.vector
             inside = all_of(
-                self.has_tile,
+                tile.exists,
                 y >= 0,
                 y < conv.height,
                 z >= 0,
                 z < conv.width,
                 channel < part.in_width if self.reads_behind_channels() else True,
             )
-            to = self.input_at[0] + pixel * part.pitch(0) + vector * 4
-            start = address(x, 0, 0, 0, tirx.if_then_else(inside, self.offset(self.image, y, z) + channel, 0))
+            at = self.input_at[0] + buffer * (part.input_words(0) // part.buffers)
+            to = at + pixel * part.pitch(0) + vector * 4
+            start = address(x, 0, 0, 0, tirx.if_then_else(inside, self.offset(tile.image, y, z) + channel, 0))
             if part.in_width % unit.vector == 0:
                 run("tdc_copy", self.place(to), start, inside)
                 return
@@ -376,8 +430,8 @@ class Chain:
                     T.buffer_store(starts, self.start(stage, pixel), [j])
                     if self.reads_padding(stage):
                         y, x = self.position(stage, pixel)
-                        T.buffer_store(rows, self.in_y0 + y, [j])
-                        T.buffer_store(columns, self.in_x0 + x, [j])
+                        T.buffer_store(rows, self.tile.in_y0 + y, [j])
+                        T.buffer_store(columns, self.tile.in_x0 + x, [j])
                 self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
                 if work.splits == 1:
                     self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: done(stage, *at))
@@ -424,14 +478,17 @@ class Chain:
         y, x = self.position(stage, pixel)
         if part.input_words(stage):
             at = y * part.halo[1] + x if stage <= part.core_index else pixel
-            return (self.input_at[stage] + at * part.pitch(stage)) // 4
+            begin = self.input_at[stage]
+            if stage == 0 and part.buffers > 1:
+                begin = begin + self.turn % 2 * (part.input_words(0) // 2)
+            return (begin + at * part.pitch(stage)) // 4
         conv = part.stages[0]
-        y, x = self.in_y0 + y, self.in_x0 + x
+        y, x = self.tile.in_y0 + y, self.tile.in_x0 + x
         if not self.reads_padding(stage):
             # Pixels outside of the image take any value within it; they are not stored, or stored as zeros.
             y = tirx.max(tirx.min(y, conv.height - 1), 0)
             x = tirx.max(tirx.min(x, conv.width - 1), 0)
-        image = self.image if self.has_tile is True else tirx.min(self.image, conv.batch - 1)
+        image = self.tile.image if self.tile.exists is True else tirx.min(self.tile.image, conv.batch - 1)
         return self.offset(image, y, x) + self.own_channels() + self.chunk_lane() * self.unit.vector
 
     def reads_padding(self, stage: int) -> bool:
@@ -658,7 +715,7 @@ class Chain:
         # A copied input is zero there, and so is what follows from it without a bias.
         if stage < part.core_index and not (part.is_staged and self.buffers.biases[stage] is None):
             y, x = self.position(stage, pixel)
-            y, x = self.in_y0 + y, self.in_x0 + x
+            y, x = self.tile.in_y0 + y, self.tile.in_x0 + x
             inside = tirx.all(y >= 0, y < part.core.height, x >= 0, x < part.core.width)
             with unrolled(rows) as row:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
@@ -685,7 +742,7 @@ class Chain:
         """Apply the epilogue and store to the output."""
         part, epilogue, out, residual = self.part, self.epilogue, self.buffers.out, self.buffers.residual
         core = part.core
-        y, x = T.Bind(self.out_y0 + pixel // part.tile_w), T.Bind(self.out_x0 + pixel % part.tile_w)
+        y, x = T.Bind(self.tile.out_y0 + pixel // part.tile_w), T.Bind(self.tile.out_x0 + pixel % part.tile_w)
         whole = part.out_width % rows == 0
         covered = part.slice_channels(self.last) * (part.split if len(part.stages) == 1 else 1)
 
@@ -695,21 +752,21 @@ class Chain:
                 if residual is not None:
                     # Behind the last channel any value does: it is not stored.
                     at = channel + row if whole else tirx.min(channel + row, part.out_width - 1)
-                    value = value + T.cast(residual[self.image, y, x, at], "float32")
+                    value = value + T.cast(residual[self.tile.image, y, x, at], "float32")
                 T.buffer_store(values, clip(value, epilogue), [row])
             if not whole:
                 with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
                     value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
-                    T.buffer_store(out, value, [self.image, y, x, channel + row])
+                    T.buffer_store(out, value, [self.tile.image, y, x, channel + row])
                 return
             words, count = (values, rows) if self.unit.dtype == "float32" else self.to_words(values, rows)
             for start in range(0, count, 4):
                 width = min(4, count - start)
-                to = address(out, self.image, y, x, channel + start * 4 // self.unit.element_bytes)
+                to = address(out, self.tile.image, y, x, channel + start * 4 // self.unit.element_bytes)
                 run(f"tdc_move{width}", to, address(words, start))
 
         inside = all_of(
-            self.has_tile,
+            self.tile.exists,
             pixel < part.tile_pixels if part.is_cluster and part.tile_pixels % part.split else True,
             y < core.out_height if core.out_height % part.tile_h else True,
             x < core.out_width if core.out_width % part.tile_w else True,

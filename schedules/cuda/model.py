@@ -122,7 +122,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     parts = {
         "launch": c.launch_us,
         "weights": (first + (waves - 1) * transfer(early)) * cycle_us,
-        "input": turns * (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us,
+        "input": 0.0,
     }
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
@@ -137,8 +137,11 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
         stage = c.stage_cycles + larger(together * busy, alone) + merge + transfer(missing[i])
         parts[f"stage{i}"] = turns * stage * cycle_us
-    # What comes through the ring arrives meanwhile.
+    # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
+    input_us = (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us
+    following = np.where(part.buffers > 1, larger(0.0, input_us - stages_us / turns), input_us)
+    parts["input"] = input_us + (turns - 1) * following
     parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later) * cycle_us - stages_us)
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32

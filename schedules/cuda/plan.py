@@ -371,7 +371,24 @@ class Part:
 
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
-        return self.in_pixels(stage) * self.pitch(stage) * (self.is_staged if stage == 0 else 1)
+        copies = self.buffers * self.is_staged if stage == 0 else 1
+        return self.in_pixels(stage) * self.pitch(stage) * copies
+
+    @functools.cached_property
+    def buffers(self) -> Number:
+        """Copies of the input in shared memory.
+
+        Two if a block computes several tiles, alone on its processor, and there is room: the input of one tile
+        arrives while the one before is computed.
+        """
+        input_words = self.in_pixels(0) * self.pitch(0)
+        smem_bytes = 4 * (self.other_words + input_words) + 16 * sum(
+            map(self.resident_vectors, range(len(self.stages)))
+        )
+        has_several = self.tile_count * self.split > self.device.core_count
+        is_alone = (self._resident_of(smem_bytes) == 1) & self.is_staged
+        fits = smem_bytes + 4 * input_words <= self.device.smem_per_block_optin_bytes
+        return 1 + (has_several & is_alone & fits)
 
     def scratch_pitch(self, stage: int) -> Number:
         """Words from one pixel of the exchanged sums to the next."""
@@ -441,14 +458,15 @@ class Part:
         return self.mailbox_words + sum(self.slice_channels(i) for i in range(stage))
 
     @functools.cached_property
+    def other_words(self) -> Number:
+        """Shared memory without weights and the kernel's input."""
+        handed_on = sum(self.input_words(i) for i in range(1, len(self.stages)))
+        return self.bias_at(len(self.stages)) + self.scratch_words + self.exchange_words + handed_on
+
+    @functools.cached_property
     def fixed_words(self) -> Number:
         """Shared memory without weights."""
-        return (
-            self.bias_at(len(self.stages))
-            + self.scratch_words
-            + self.exchange_words
-            + sum(self.input_words(i) for i in range(len(self.stages)))
-        )
+        return self.other_words + self.input_words(0)
 
     @functools.cached_property
     def smem_bytes(self) -> Number:
@@ -465,8 +483,11 @@ class Part:
     @functools.cached_property
     def resident(self) -> Number:
         """Blocks that a processor holds at the same time, as far as shared memory, registers and threads allow."""
+        return self._resident_of(self.smem_bytes)
+
+    def _resident_of(self, smem_bytes: Number) -> Number:
         # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
-        by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (self.smem_bytes + 1024)
+        by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (smem_bytes + 1024)
         registers: Number = 0
         for work in self.works:
             registers = larger(registers, registers_of(work, self.unit))
