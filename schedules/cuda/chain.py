@@ -137,6 +137,7 @@ class Chain:
         part = self.part
         # At least one word: a buffer cannot be empty.
         self.shared = T.sblock_alloc_buffer((max(1, part.smem_bytes // 4),), "float32", scope="shared.dyn")
+        self.base = T.Bind(call("tdc_base", address(self.shared, 0), returns="int32"))
         self.rank, self.thread = rank, thread
         self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
         # Weights do not depend on the kernel before this one, and can be under way before its end.  Where there
@@ -211,7 +212,7 @@ class Chain:
 
     def exchange(self, turn: ir.Expr) -> None:
         """Send sums of the core to the blocks that finish them, and finish those of this block's pixels."""
-        part, stage, box = self.part, self.part.core_index, self.place(0)
+        part, stage, box = self.part, self.part.core_index, self.at(0)
         pitch, group = part.scratch_pitch(stage), part.group_pixels
 
         def bytes_of(rank: ir.Expr) -> ir.Expr:
@@ -222,8 +223,8 @@ class Chain:
         with T.If(self.thread == 0), T.Then():
             run("tdc_mailbox_expect", box, bytes_of(self.rank) * part.split)
         with T.If(tirx.all(self.thread < part.split, bytes_of(self.thread) > 0)), T.Then():
-            from_ = self.place(self.outbox_at + self.thread * part.group_words)
-            to = self.place(self.inbox_at + self.rank * part.group_words)
+            from_ = self.at(self.outbox_at + self.thread * part.group_words)
+            to = self.at(self.inbox_at + self.rank * part.group_words)
             run("tdc_send", from_, to, box, self.thread, bytes_of(self.thread))
         run("tdc_mailbox_wait", box, turn % 2)
         self.add_up(stage, self.inbox_at, part.split, group, part.group_words, self.finish)
@@ -234,15 +235,15 @@ class Chain:
 
         def open_slot(slot: ir.Expr) -> None:
             arrived, left = self.mailboxes(place.ring.index(True), slot)
-            run("tdc_mailbox_open", self.place(arrived), 1)
-            run("tdc_mailbox_open", self.place(left), part.warps)
+            run("tdc_mailbox_open", self.at(arrived), 1)
+            run("tdc_mailbox_open", self.at(left), part.warps)
 
         def open_chunk(stage: int, chunk: ir.Expr) -> None:
-            run("tdc_mailbox_open", self.place(self.mailboxes(stage, chunk)[0]), 1)
+            run("tdc_mailbox_open", self.at(self.mailboxes(stage, chunk)[0]), 1)
 
         if part.is_cluster:
             with T.If(self.thread == 0), T.Then():
-                run("tdc_mailbox_open", self.place(0), 1)
+                run("tdc_mailbox_open", self.at(0), 1)
         for stage, resident in enumerate(place.resident):
             if resident:
                 self.each(part.chunks(stage), functools.partial(open_chunk, stage))
@@ -260,7 +261,7 @@ class Chain:
             bias_start = T.Bind(self.rank * count) if is_sliced else 0
 
             def copy_bias(vector: ir.Expr) -> None:
-                to, from_ = self.place(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
+                to, from_ = self.at(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
                 run("tdc_copy", to, from_, tirx.const(True, "bool"))
 
             self.each(count // 4, copy_bias)
@@ -278,7 +279,7 @@ class Chain:
             start = T.Bind(self.own_weights(stage))
 
             def copy(vector: ir.Expr) -> None:
-                to = self.place(self.weights_at[stage] + vector * 4)
+                to = self.at(self.weights_at[stage] + vector * 4)
                 run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
 
             self.each(vectors, copy)
@@ -304,11 +305,11 @@ class Chain:
     def fetch(self, stage: int, chunk: ir.Expr, place: ir.Expr) -> None:
         """Begin to copy a chunk, by one thread."""
         part = self.part
-        vectors, box = part.chunk_vectors(stage), self.place(self.mailboxes(stage, place)[0])
+        vectors, box = part.chunk_vectors(stage), self.at(self.mailboxes(stage, place)[0])
         start = (self.own_weights(stage) + chunk * vectors) * self.unit.vector
         from_ = address(self.buffers.weights[stage], start)
         run("tdc_mailbox_expect", box, 16 * vectors)
-        run("tdc_fetch", self.place(self.chunk_at(stage, place)), from_, 16 * vectors, box)
+        run("tdc_fetch", self.at(self.chunk_at(stage, place)), from_, 16 * vectors, box)
 
     def number(self, stage: int, chunk: ir.Expr | int) -> ir.Expr | int:
         """The number of a chunk among all that the block sends through the ring."""
@@ -321,17 +322,18 @@ class Chain:
         if self.part.placement.ring[stage]:
             number, slots = self.number(stage, chunk), self.part.placement.slots
             place, round_ = number % slots, number // slots
-        run("tdc_mailbox_wait", self.place(self.mailboxes(stage, place)[0]), round_ % 2)
+        run("tdc_mailbox_wait", self.at(self.mailboxes(stage, place)[0]), round_ % 2)
 
     def leave_chunk(self, stage: int, chunk: ir.Expr | int) -> None:
-        """Give a chunk's slot away.  The first thread fills the slot that was given away before this one."""
+        """Give a chunk's slot away.  The warps take turns in filling the slot that was given away before."""
         slots, total = self.part.placement.slots, self.part.rounds * self.ring_chunks
         number = T.Bind(self.number(stage, chunk))
-        run("tdc_mailbox_arrive", self.place(self.mailboxes(stage, number % slots)[1]))
+        run("tdc_mailbox_arrive", self.at(self.mailboxes(stage, number % slots)[1]))
         slot, next_ = T.Bind((number - 1) % slots), T.Bind(number - 1 + slots)
-        with T.If(tirx.all(self.thread == 0, number >= 1, next_ < total)), T.Then():
+        on_duty = self.thread == number % self.part.warps * WARP
+        with T.If(tirx.all(on_duty, number >= 1, next_ < total)), T.Then():
             # All warps have left it, once for each time that it was filled.
-            run("tdc_mailbox_wait", self.place(self.mailboxes(stage, slot)[1]), (number - 1) // slots % 2)
+            run("tdc_mailbox_wait", self.at(self.mailboxes(stage, slot)[1]), (number - 1) // slots % 2)
             within = T.Bind(next_ % self.ring_chunks)
             for other, first in enumerate(self.first_chunk):
                 if not self.part.placement.ring[other]:
@@ -346,8 +348,12 @@ class Chain:
             self.leave_chunk(stage, chunk)
 
     def place(self, word: ir.Expr) -> ir.Expr:
-        """The address of a word of shared memory."""
+        """The address of a word of shared memory, for moves between it and registers."""
         return address(self.shared, word)
+
+    def at(self, word: ir.Expr | int) -> ir.Expr:
+        """The same as PTX counts it: in bytes, from where shared memory begins."""
+        return self.base + word * 4
 
     def each(self, count: int, body: Callable[[ir.Expr], None]) -> None:
         """Divide items among the threads of the block."""
@@ -359,34 +365,69 @@ class Chain:
 
     def copy_input(self, tile: Tile, buffer: ir.Expr | int) -> None:
         """Copy a tile's input and halo into shared memory, zeros where there is none."""
-        part, unit = self.part, self.unit
-        vectors = part.in_channels(0) // unit.vector
-        conv, x = part.stages[0], self.buffers.x
+        part = self.part
+        items = part.halo[1] * (part.in_channels(0) // self.unit.vector)
+        at = self.input_at[0] + buffer * (part.input_words(0) // part.buffers)
+        if items > part.threads:
+            for begin in range(0, items, part.threads):
+                item = T.Bind(begin + self.thread)
+                is_item = all_of(item < items if begin + part.threads > items else True)
+                self.copy_rows(tile, at, item, 0, 1, is_item)
+            return
+        # A warp's threads take neighbouring vectors, and the block several rows at once.
+        rows = part.threads // items
+        first = T.Bind(self.thread // items)
+        is_item = all_of(first < rows if rows * items < part.threads else True)
+        self.copy_rows(tile, at, T.Bind(self.thread % items), first, rows, is_item)
 
-        def copy(item: ir.Expr) -> None:
-            pixel, vector = T.Bind(item // vectors), T.Bind(item % vectors)
-            y, z = tile.in_y0 + pixel // part.halo[1], tile.in_x0 + pixel % part.halo[1]
-            channel = self.own_channels() + vector * unit.vector
+    def copy_rows(
+        self,
+        tile: Tile,
+        at: ir.Expr | int,
+        item: ir.Expr,
+        first: ir.Expr | int,
+        rows: int,
+        is_item: ir.Expr | None,
+    ) -> None:
+        """Copy a column's vector of channels from every row, ``rows`` apart: most of its place is known once."""
+        part, conv = self.part, self.part.stages[0]
+        vectors = part.in_channels(0) // self.unit.vector
+        column, vector = T.Bind(item // vectors), T.Bind(item % vectors)
+        x, channel = T.Bind(tile.in_x0 + column), T.Bind(self.own_channels() + vector * self.unit.vector)
+        start = T.Bind(self.offset(tile.image, tile.in_y0 + first, x) + channel)
+        word = T.Bind(at + (first * part.halo[1] + column) * part.pitch(0) + vector * 4)
+        steps = ceil_div(part.halo[0], rows)
+
+        def copy(step: ir.Expr) -> None:
+            y = tile.in_y0 + first + step * rows
             inside = all_of(
                 tile.exists,
+                x >= 0,
+                x < conv.width,
+                channel < part.in_width if self.reads_behind_channels() else True,
                 y >= 0,
                 y < conv.height,
-                z >= 0,
-                z < conv.width,
-                channel < part.in_width if self.reads_behind_channels() else True,
             )
-            at = self.input_at[0] + buffer * (part.input_words(0) // part.buffers)
-            to = at + pixel * part.pitch(0) + vector * 4
-            start = address(x, 0, 0, 0, tirx.if_then_else(inside, self.offset(tile.image, y, z) + channel, 0))
-            if part.in_width % unit.vector == 0:
-                run("tdc_copy", self.place(to), start, inside)
-                return
-            words = local(4)
-            count = tirx.if_then_else(inside, part.in_width - channel, 0)
-            run(f"tdc_gather_{unit.dtype}", address(words, 0), start, count)
-            run("tdc_move4", self.place(to), address(words, 0))
+            from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * part.in_width))
+            self.copy_vector(word + step * (rows * part.halo[1] * part.pitch(0)), from_, inside, channel)
 
-        self.each(part.halo[0] * part.halo[1] * vectors, copy)
+        def copy_all() -> None:
+            with T.serial(steps, unroll=min(8, steps)) as step:
+                is_row = all_of(first + step * rows < part.halo[0] if steps * rows > part.halo[0] else True)
+                when(is_row, lambda: copy(step))
+
+        when(is_item, copy_all)
+
+    def copy_vector(self, word: ir.Expr, from_: ir.Expr, inside: ir.Expr, channel: ir.Expr) -> None:
+        """Begin to copy a vector of the input; what is not inside is not read."""
+        part, unit = self.part, self.unit
+        if part.in_width % unit.vector == 0:
+            run("tdc_copy", self.at(word), from_, inside)
+            return
+        words = local(4)
+        count = tirx.if_then_else(inside, part.in_width - channel, 0)
+        run(f"tdc_gather_{unit.dtype}", address(words, 0), from_, count)
+        run("tdc_move4", self.place(word), address(words, 0))
 
     def own_channels(self) -> ir.Expr | int:
         """The first channel of the input that this block reads."""

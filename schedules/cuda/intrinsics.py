@@ -34,13 +34,21 @@ _BODIES = {
 }}"""
         for dtype, c_type in _C_TYPES.items()
     },
-    "tdc_copy": """void tdc_copy(void* to, const void* from, bool valid) {
+    # Where shared memory begins.  The compiler would compute it anew for each use, from the number of the block
+    # in its cluster, if it knew what this is.
+    "tdc_base": """int tdc_base(const void* start) {
+  int base;
+  asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"((int)__cvta_generic_to_shared(start)));
+  return base;
+}""",
+    "tdc_copy": """void tdc_copy(int to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
-  unsigned address = (unsigned)__cvta_generic_to_shared(to);
   int size = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address), "l"(from), "r"(size) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(size) : "memory");
 #else
-  *(uint4*)to = valid ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+  uint4 value = valid ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+      :: "r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
 #endif
 }""",
     "tdc_commit": """void tdc_commit() {
@@ -118,41 +126,35 @@ _BODIES = {
     },
     # Copies of weights, and between the blocks of a cluster: they count their bytes at a barrier beside the data,
     # so that nobody waits for more than the data it needs.
-    "tdc_mailbox_open": """void tdc_mailbox_open(float* box, int arrivals) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(box);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address), "r"(arrivals) : "memory");
+    "tdc_mailbox_open": """void tdc_mailbox_open(int box, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(box), "r"(arrivals) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }""",
-    "tdc_mailbox_expect": """void tdc_mailbox_expect(float* box, int bytes) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(box);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");
+    "tdc_mailbox_expect": """void tdc_mailbox_expect(int box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(box), "r"(bytes) : "memory");
 }""",
-    "tdc_mailbox_wait": """void tdc_mailbox_wait(float* box, int parity) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+    "tdc_mailbox_wait": """void tdc_mailbox_wait(int box, int parity) {
   asm volatile(
       "{\\n .reg .pred done;\\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
-      "@!done bra again;\\n}" :: "r"(address), "r"(parity) : "memory");
+      "@!done bra again;\\n}" :: "r"(box), "r"(parity) : "memory");
 }""",
-    "tdc_mailbox_arrive": """void tdc_mailbox_arrive(float* box) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(box);
+    "tdc_mailbox_arrive": """void tdc_mailbox_arrive(int box) {
   __syncwarp();
   if (threadIdx.x % 32 == 0)
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(box) : "memory");
 }""",
-    "tdc_fetch": """void tdc_fetch(float* to, const void* from, int bytes, float* box) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(to), barrier = (unsigned)__cvta_generic_to_shared(box);
+    "tdc_fetch": """void tdc_fetch(int to, const void* from, int bytes, int box) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      :: "r"(address), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+      :: "r"(to), "l"(from), "r"(bytes), "r"(box) : "memory");
 }""",
     # To the shared memory of another block of the cluster, where ``to`` and ``box`` lie in this one's.
-    "tdc_send": """void tdc_send(float* from, float* to, float* box, int rank, int bytes) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(from), place = (unsigned)__cvta_generic_to_shared(to);
-  unsigned barrier = (unsigned)__cvta_generic_to_shared(box), remote, remote_box;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(place), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(barrier), "r"(rank));
+    "tdc_send": """void tdc_send(int from, int to, int box, int rank, int bytes) {
+  int remote, remote_box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(to), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(box), "r"(rank));
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      :: "r"(remote), "r"(address), "r"(bytes), "r"(remote_box) : "memory");
+      :: "r"(remote), "r"(from), "r"(bytes), "r"(remote_box) : "memory");
 }""",
     # What this thread has stored to shared memory is seen by copies that others begin after a barrier.
     "tdc_fence_copies": """void tdc_fence_copies() {

@@ -99,7 +99,10 @@ static void tdc_move4(void* to, const void* from) { memcpy(to, from, 16); }
 static void tdc_load(float* to, const void* from, bool valid) {
   if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }
-static void tdc_copy(void* to, const void* from, bool valid) { tdc_load((float*)to, from, valid); }
+// Addresses as PTX counts them.
+static int tdc_base(const void* start) { return (const char*)start - (const char*)shared_of(self->block); }
+static float* at(int address, int block) { return shared_of(block) + address / 4; }
+static void tdc_copy(int to, const void* from, bool valid) { tdc_load(at(to, self->block), from, valid); }
 static void tdc_commit() {}
 static void tdc_await0() {}
 static void tdc_await1() {}
@@ -197,38 +200,38 @@ static void tdc_cluster_wait() {
 }
 // A phase is over when all have arrived and all expected bytes have come, in any order.
 struct Mailbox { int missing; uint8_t arrivals, waiting; uint16_t phase; };
-static Mailbox& mailbox(float* box, int rank) { return *(Mailbox*)(shared_of(rank) + (box - shared_of(self->block))); }
+static Mailbox& mailbox(int box, int rank) { return *(Mailbox*)at(box, rank); }
 static void settle(Mailbox& box) {
   ++progress;
   if (box.waiting || box.missing) return;
   box.waiting = box.arrivals;
   ++box.phase;
 }
-static void tdc_mailbox_open(float* box, int arrivals) {
+static void tdc_mailbox_open(int box, int arrivals) {
   mailbox(box, self->block) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
 }
-static void tdc_mailbox_expect(float* box, int bytes) {
+static void tdc_mailbox_expect(int box, int bytes) {
   Mailbox& mine = mailbox(box, self->block);
   mine.missing += bytes;
   mine.waiting -= 1;
   settle(mine);
 }
-static void tdc_mailbox_arrive(float* box) {
+static void tdc_mailbox_arrive(int box) {
   __syncwarp();
   if (self->thread % 32) return;
   mailbox(box, self->block).waiting -= 1;
   settle(mailbox(box, self->block));
 }
-static void tdc_mailbox_wait(float* box, int parity) {
+static void tdc_mailbox_wait(int box, int parity) {
   while (mailbox(box, self->block).phase % 2 == parity) wait_as(AT_CLUSTER);
 }
-static void tdc_send(float* from, float* to, float* box, int rank, int bytes) {
-  memcpy(shared_of(rank) + (to - shared_of(self->block)), from, bytes);
+static void tdc_send(int from, int to, int box, int rank, int bytes) {
+  memcpy(at(to, rank), at(from, self->block), bytes);
   mailbox(box, rank).missing -= bytes;
   settle(mailbox(box, rank));
 }
-static void tdc_fetch(float* to, const void* from, int bytes, float* box) {
-  memcpy(to, from, bytes);
+static void tdc_fetch(int to, const void* from, int bytes, int box) {
+  memcpy(at(to, self->block), from, bytes);
   mailbox(box, self->block).missing -= bytes;
   settle(mailbox(box, self->block));
 }
