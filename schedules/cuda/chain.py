@@ -508,10 +508,19 @@ class Chain:
         """The row and column of a stage's input that a pixel of its output begins at, within the halo or the tile."""
         part = self.part
         if stage == part.core_index:
-            width, (down, across) = part.tile_w, part.core.stride
-            return pixel // width * down, pixel % width * across
+            y, x = self.place_in_tile(pixel)
+            return y * part.core.stride[0], x * part.core.stride[1]
         width = part.halo[1] if stage < part.core_index else part.tile_w
         return pixel // width, pixel % width
+
+    def place_in_tile(self, pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
+        """The row and column of a pixel of the core's output."""
+        part, side_by_side = self.part, self.unit.pixels
+        if part.rows_kept(part.core_index) == 1:
+            return pixel // part.tile_w, pixel % part.tile_w
+        # What a warp loads side by side is followed by what lies below.
+        group = pixel // side_by_side
+        return group % part.tile_h, group // part.tile_h * side_by_side + pixel % side_by_side
 
     def start(self, stage: int, pixel: ir.Expr) -> ir.Expr:
         """Where the input of a pixel begins, this lane's part of the depth included."""
@@ -549,14 +558,15 @@ class Chain:
         chunk_units, place = part.chunk_units(stage), part.placement
         in_ring, is_shared = place.ring[stage], place.ring[stage] or place.resident[stage]
         has_mailboxes = is_shared and part.has_bulk_copies
-        unit_vectors = work.rows * unit.weight_lanes
+        unit_vectors, kept = work.rows * unit.weight_lanes, part.rows_kept(stage)
         # Within a chunk.
         first = T.Bind((channel_tile * work.splits + split) * (chunk_units * unit_vectors) + lane)
         # Two sets of operands: one is loaded while the other is multiplied.
-        sets = [(local(4 * work.rows), local(4 * work.columns)) for _ in range(min(2, share))]
+        weights = [local(4 * work.rows) for _ in range(min(2, share))]
+        pixels = [local(4 * (work.columns + kept - 1)) for _ in range(min(2, share // kept))]
 
-        def load(i: ir.Expr | int, number: int) -> None:
-            a, b = sets[number]
+        def load_weights(i: ir.Expr | int, number: int) -> None:
+            a = weights[number]
             chunk, within = (i // chunk_units, i % chunk_units) if chunk_units < share else (0, i)
             if is_shared:
                 at = T.Bind(self.chunk_at(stage, self.number(stage, chunk) % place.slots if in_ring else chunk))
@@ -568,18 +578,24 @@ class Chain:
                     start = self.own_weights(stage) + chunk * part.chunk_vectors(stage) + vector
                     from_ = address(self.buffers.weights[stage], start * unit.vector)
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
-            step = split * share + i if work.splits > 1 else i
+
+        def load_pixels(i: ir.Expr | int, number: int) -> None:
+            """Those of a unit, or of as many units as rows of the window are kept."""
+            b = pixels[number]
+            step = split * (share // kept) + i if work.splits > 1 else i
             # Behind the end the weights are zero, and the pixels those of the last step.
-            step = tirx.min(step, units - 1) if steps > units else step
+            step = tirx.min(step, units // kept - 1) if steps > units else step
             tap = step // per_tap
-            y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
-            # In shared memory, from where a pixel begins, in vectors: slice, then pixel, then channel.
-            at = step % per_tap * unit.chunks + self.chunk_lane()
+            y = tap // conv.kernel[1] * conv.dilation[0] if kept == 1 else 0
+            x = tap % conv.kernel[1] * conv.dilation[1]
+            # In shared memory, from where a pixel begins, in vectors.
+            at, pitch = step % per_tap * unit.chunks + self.chunk_lane(), part.pitch(stage) // 4
             if conv.kernel != (1, 1):
-                at = at + (y * part.halo[1] + x) * (part.pitch(stage) // 4)
-            with unrolled(work.columns) as j:
+                at = at + (y * part.halo[1] + x) * pitch
+            with unrolled(work.columns + kept - 1) as j:
                 if part.input_words(stage):
-                    T.buffer_store(b, self.shared[ramp((starts[j] + at) * 4, 4)], [ramp(j * 4, 4)])
+                    start = starts[j] if kept == 1 else starts[0] + j * (part.halo[1] * pitch)
+                    T.buffer_store(b, self.shared[ramp((start + at) * 4, 4)], [ramp(j * 4, 4)])
                 elif self.reads_padding(stage):
                     row, column = rows[j] + y, columns[j] + x
                     inside = tirx.all(row >= 0, row < conv.height, column >= 0, column < conv.width)
@@ -588,35 +604,36 @@ class Chain:
                 else:
                     self.load_input(b, j, starts[j], step * unit.depth, tirx.const(True, "bool"))
 
-        def begin(i: ir.Expr | int) -> None:
-            if has_mailboxes:
-                at_start = i % chunk_units == 0
-                when(None if at_start is True else at_start, lambda: self.await_chunk(stage, i // chunk_units))
+        windows, meetings = share // kept, kept + (kept == 1)
 
-        def end(i: ir.Expr | int) -> None:
-            if in_ring:
-                at_end = tirx.any((i + 1) % chunk_units == 0, i == share - 1)
-                when(at_end, lambda: self.leave_chunk(stage, i // chunk_units))
+        def turn(i: ir.Expr, parity: int, is_last: bool) -> None:
+            """Multiply as many units as rows are kept, whose operands are loaded, and load those that follow."""
+            for row in range(kept):
+                if row == kept // 2 and not is_last:
+                    load_pixels(T.Bind(tirx.min(i + 1, windows - 1)), 1 - parity)
+                number, unit_number, ends = parity * kept + row, i * kept + row, is_last and row == kept - 1
+                meets = chunk_units == 1 or (number + 1) % meetings == 0
+                if not ends:
+                    following = T.Bind(tirx.min(unit_number + 1, share - 1))
+                    if has_mailboxes and chunk_units < share and meets:
+                        begins = following % chunk_units == 0
+                        when(begins, functools.partial(self.await_chunk, stage, following // chunk_units))
+                    load_weights(following, (number + 1) % 2)
+                self.multiply_unit(stage, acc, weights[number % 2], pixels[parity], row)
+                if in_ring and (meets or ends):
+                    left = tirx.any((unit_number + 1) % chunk_units == 0, unit_number == share - 1)
+                    when(left, functools.partial(self.leave_chunk, stage, unit_number // chunk_units))
 
-        begin(0)
-        load(0, 0)
-        if share > 1:
-            with T.serial(share // 2, unroll=min(_UNROLL, share // 2)) as pair:
-                if chunk_units == 1:
-                    begin(pair * 2 + 1)
-                load(pair * 2 + 1, 1)
-                self.multiply_unit(stage, acc, *sets[0])
-                if chunk_units == 1:
-                    end(pair * 2)
-                following = T.Bind(tirx.min(pair * 2 + 2, share - 1))
-                begin(following)
-                load(following, 0)
-                self.multiply_unit(stage, acc, *sets[1])
-                end(pair * 2 + 1)
-        if share % 2:
-            self.multiply_unit(stage, acc, *sets[0])
-            if in_ring:
-                self.leave_chunk(stage, tirx.const(part.chunks(stage) - 1, "int32"))
+        if has_mailboxes:
+            self.await_chunk(stage, 0)
+        load_weights(0, 0)
+        load_pixels(0, 0)
+        if windows > 1:
+            with T.serial(windows // 2, unroll=min(_UNROLL if kept == 1 else 1, windows // 2)) as pair:
+                turn(pair * 2, 0, False)
+                turn(pair * 2 + 1, 1, False)
+        if windows % 2:
+            turn(tirx.const(windows - 1, "int32"), 0, True)
         half = self.sums(stage) // 2
         if half == work.rows * work.columns * 2:
             with unrolled(half) as i:
@@ -635,19 +652,19 @@ class Chain:
             count = tirx.if_then_else(inside, part.in_width - channel, 0)
             run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, count)
 
-    def multiply_unit(self, stage: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer) -> None:
-        """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[column, k]``."""
+    def multiply_unit(self, stage: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer, first: int) -> None:
+        """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[first + column, k]``."""
         work = self.part.works[stage]
         rows, columns = work.rows, work.columns
         if self.unit.name == "mma":
             second = rows * columns * 2 % self.sums(stage)
             with unrolled(rows // 2) as m, unrolled(columns) as j:
                 at = (m * columns + j) * 4
-                operands = address(a, m * 8), address(a, m * 8 + 4), address(b, j * 4)
+                operands = address(a, m * 8), address(a, m * 8 + 4), address(b, (first + j) * 4)
                 run(f"tdc_mma_{self.unit.dtype}", address(acc, at), address(acc, second + at), *operands)
             return
         with unrolled(4) as k, unrolled(rows) as row, unrolled(columns) as j:
-            T.buffer_store(acc, acc[row * columns + j] + a[row * 4 + k] * b[j * 4 + k], [row * columns + j])
+            T.buffer_store(acc, acc[row * columns + j] + a[row * 4 + k] * b[(first + j) * 4 + k], [row * columns + j])
 
     def each_result(
         self,
@@ -783,7 +800,8 @@ class Chain:
         """Apply the epilogue and store to the output."""
         part, epilogue, out, residual = self.part, self.epilogue, self.buffers.out, self.buffers.residual
         core = part.core
-        y, x = T.Bind(self.tile.out_y0 + pixel // part.tile_w), T.Bind(self.tile.out_x0 + pixel % part.tile_w)
+        y, x = self.place_in_tile(pixel)
+        y, x = T.Bind(self.tile.out_y0 + y), T.Bind(self.tile.out_x0 + x)
         whole = part.out_width % rows == 0
         covered = part.slice_channels(self.last) * (part.split if len(part.stages) == 1 else 1)
 

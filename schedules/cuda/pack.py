@@ -34,6 +34,10 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
         part_of = kernel[own, :, read]
         matrix = np.zeros((part_of.shape[0], taps, channels), np.float32)
         matrix[:, :, : part_of.shape[2]] = part_of
+        if part.rows_kept(stage) > 1:
+            # The rows of the window come last.
+            rows = matrix.reshape(-1, *conv.kernel, channels // unit.depth, unit.depth)
+            matrix = rows.transpose(0, 2, 3, 1, 4)
         padded[rank, : part_of.shape[0], : taps * channels] = matrix.reshape(-1, taps * channels)
     # channel = (tile, lane, rows), depth = (unit, chunk, vector)
     split = padded.reshape(blocks, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)

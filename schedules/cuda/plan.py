@@ -317,9 +317,32 @@ class Part:
                 self.depth_units(i),
                 self.warps,
                 self.unit,
+                self.window_rows(i),
+                self.tile_h,
             )
             for i in range(len(self.stages))
         )
+
+    def window_rows(self, stage: int) -> Number:
+        """Rows of a stage's window that a lane can keep in registers while it passes over them; 1 if none.
+
+        Pixels that a warp loads side by side must lie in a row of the tile, and the next row of the window a row
+        further down.
+        """
+        core = self.core
+        if stage != self.core_index or (core.stride[0], core.dilation[0]) != (1, 1):
+            return 1
+        kept = (self.tile_w % self.unit.pixels == 0) & (self.is_staged if stage == 0 else True)
+        return 1 + (core.kernel[0] - 1) * kept
+
+    def rows_kept(self, stage: int) -> Number:
+        """Rows of the window that lanes do keep; 1 if none."""
+        return rows_kept(self.works[stage], self.window_rows(stage), self.tile_h)
+
+    def pixel_loads(self, stage: int) -> Number:
+        """Vectors of the input that a lane loads for a unit of depth, on average."""
+        kept = self.rows_kept(stage)
+        return (self.works[stage].columns + kept - 1) / kept
 
     def tiles_of_work(self, stage: int) -> tuple[Number, Number]:
         """Warp tiles of a stage: along the channels and along the pixels."""
@@ -331,7 +354,7 @@ class Part:
 
     def share(self, stage: int) -> Number:
         """Units of depth of one part of the depth."""
-        return ceil_div(self.depth_units(stage), self.works[stage].splits)
+        return round_up(ceil_div(self.depth_units(stage), self.works[stage].splits), self.rows_kept(stage))
 
     @property
     def has_bulk_copies(self) -> bool:
@@ -339,13 +362,18 @@ class Part:
         return self.device.compute_capability >= 90
 
     def chunk_units(self, stage: int) -> Number:
-        """Units of depth of a chunk, in each part of the depth: one or an even number; all without bulk copies."""
+        """Units of depth of a chunk, in each part of the depth; all without bulk copies.
+
+        One, or whole turns of the loop over them.
+        """
         share = self.share(stage)
         if not self.has_bulk_copies:
             return share
-        most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // 2 * 2)
+        kept = self.rows_kept(stage)
+        turn = kept + (kept == 1)
+        most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // turn * turn)
         even = ceil_div(share, ceil_div(share, most))
-        return smaller(even + even % 2 * (even > 1), share)
+        return smaller(larger(1, round_up(even, turn) * (most > 1)), share)
 
     def chunks(self, stage: int) -> Number:
         """Chunks of a stage's weights."""
@@ -489,8 +517,8 @@ class Part:
         # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
         by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (smem_bytes + 1024)
         registers: Number = 0
-        for work in self.works:
-            registers = larger(registers, registers_of(work, self.unit))
+        for i, work in enumerate(self.works):
+            registers = larger(registers, registers_of(work, self.unit, self.rows_kept(i)))
         by_registers = REGISTERS // (registers * self.threads)
         return larger(1, smaller(smaller(by_smem, by_registers), 2 * MAX_THREADS // self.threads))
 
@@ -548,7 +576,20 @@ def work_options(name: str) -> np.ndarray:
     return np.array(options).T
 
 
-def choose_work(pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit) -> Work:
+def rows_kept(work: Work, window_rows: Number, tile_h: Number) -> Number:
+    """Rows of the window that lanes keep in registers: 1 or ``window_rows``, if the warps' tiles are whole columns."""
+    return 1 + (window_rows - 1) * ((work.columns > 1) & (tile_h % work.columns == 0))
+
+
+def choose_work(
+    pixels: Number,
+    channels: Number,
+    units: Number,
+    warps: Number,
+    unit: Unit,
+    window_rows: Number = 1,
+    tile_h: Number = 1,
+) -> Work:
     """The division of a stage that takes the least time, by a count of cycles; of equals the first.
 
     Parameters
@@ -559,35 +600,41 @@ def choose_work(pixels: Number, channels: Number, units: Number, warps: Number, 
         Warps of the block.
     unit : Unit
         What multiplies.
+    window_rows, tile_h : int or array
+        Rows of the window that lanes can keep, where the rows of the tile allow it.
     """
-    rows, columns, splits = options = work_options(unit.name)
-    pixels_, channels_, units_, warps_ = (np.asarray(value)[..., None] for value in (pixels, channels, units, warps))
-    allowed = (warps_ % splits == 0) & ((splits == 1) | (splits <= units_))
-    allowed &= (rows == 2) | (unit.row_lanes * rows // 2 < channels_)
-    allowed &= (columns == 1) | (unit.pixels * columns // 2 < pixels_)
-    allowed &= registers_of(Work(rows, columns, splits), unit) <= np.minimum(255, REGISTERS // (WARP * warps_))
-    cycles = stage_cycles(Work(rows, columns, splits), pixels_, channels_, units_, warps_, unit)
+    work = Work(*work_options(unit.name))
+    given = (pixels, channels, units, warps, window_rows, tile_h)
+    pixels_, channels_, units_, warps_, window_rows_, tile_h_ = (np.asarray(value)[..., None] for value in given)
+    kept = rows_kept(work, window_rows_, tile_h_)
+    allowed = (warps_ % work.splits == 0) & ((work.splits == 1) | (work.splits * kept <= units_))
+    allowed &= (work.rows == 2) | (unit.row_lanes * work.rows // 2 < channels_)
+    allowed &= (work.columns == 1) | (unit.pixels * work.columns // 2 < pixels_)
+    allowed &= registers_of(work, unit, kept) <= np.minimum(255, REGISTERS // (WARP * warps_))
+    cycles = stage_cycles(work, pixels_, channels_, units_, warps_, unit, kept)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
-    chosen = options[:, best]
+    chosen = work_options(unit.name)[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
 
 
-def registers_of(work: Work, unit: Unit) -> Number:
+def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
     """Registers of a thread, about: two sets of operands, sums, addresses."""
-    return 8 * (work.rows + work.columns) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
+    return 8 * (work.rows + work.columns + kept - 1) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
 
 
-def stage_cycles(work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit) -> Number:
+def stage_cycles(
+    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit, kept: Number
+) -> Number:
     """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
 
     Read off the clock within kernels on an H100, rounded.
     """
     rows, columns, splits = work.rows, work.columns, work.splits
     items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
-    share = ceil_div(units, splits)
+    share = round_up(ceil_div(units, splits), kept)
     rounds = ceil_div(items, larger(1, warps // splits))
     # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
-    loads = 4 * (rows + columns)
+    loads = 4 * (rows + (columns + kept - 1) / kept)
     if unit.name == "mma":
         issue, latency = 6.6 * rows * columns, 70 + 5.5 * rows * columns
     else:

@@ -163,6 +163,27 @@ def test_blocks_can_compute_several_tiles(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_rows_of_the_window_are_kept(tmp_path, precision):
+    runs, kept, smem_bytes = [], set(), (96 if precision == "fp16" else 128) * 1024
+    for kernel, dilation, config in (
+        ((3, 3), (1, 1), ("tile", (8, 8, 1, 4))),
+        ((2, 3), (1, 2), ("tile", (4, 16, 1, 16))),
+        ((5, 1), (1, 1), ("cluster", (8, 8, 2, 4))),
+        ((3, 3), (1, 1), ("conv", (8, 8, 1, 8))),
+    ):
+        dense = Conv2dShape(1, 13, 15, 40, 24, kernel, (1, 1), SAME, dilation, precision=precision)
+        shape = dense if config[0] == "conv" else TuckerConvShape(dense, 40, 60)
+        case = gpu_check.Case(shape, Epilogue(), (True,) if shape is dense else (True, False, True))
+        for device in (H100, replace(H100, smem_per_block_optin_bytes=smem_bytes)):
+            runs.append((case, config_of(*config), device))
+            (part,) = parts_of(shape, runs[-1][1], device)
+            kept.add((part.rows_kept(part.core_index), part.placement.ring[part.core_index]))
+    assert {rows for rows, _ in kept} == {2, 3, 5}
+    assert any(ring for _, ring in kept)
+    assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_weights_go_through_a_ring(tmp_path, precision):
     """One tile or several, a block or a cluster, the depth whole or in parts."""
     dense = Conv2dShape(1, 8, 8, 64, 96, (3, 3), padding=SAME, precision=precision)
