@@ -19,6 +19,7 @@ one that all warps are done with.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,10 @@ Number = Any
 
 def ceil_div(a: Number, b: Number) -> Number:
     """The quotient, rounded up."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        # Several times faster than the division of integers, and exact below 2**53.
+        quotient = np.ceil(np.true_divide(a, b))
+        return quotient if quotient.dtype == np.float32 else quotient.astype(np.int64)
     return -(-a // b)
 
 
@@ -64,6 +69,20 @@ def larger(a: Number, b: Number) -> Number:
 def smaller(a: Number, b: Number) -> Number:
     """The smaller of two numbers, or of each two of arrays."""
     return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
+
+
+def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Number]:
+    """Compute a property of a part's stage only once."""
+    name = f"_{method.__name__}"
+
+    @functools.wraps(method)
+    def cached(self: Part, stage: int) -> Number:
+        known = self.__dict__.setdefault(name, {})
+        if stage not in known:
+            known[stage] = method(self, stage)
+        return known[stage]
+
+    return cached
 
 
 @dataclass(frozen=True)
@@ -272,6 +291,7 @@ class Part:
         """Those that one block of a cluster finishes."""
         return ceil_div(self.tile_pixels, self.split)
 
+    @of_stage
     def pixels(self, stage: int) -> Number:
         """Positions of a stage's output that a block computes."""
         if stage < self.core_index:
@@ -286,6 +306,7 @@ class Part:
         """Whether each of the blocks that share a tile has weights of its own."""
         return len(self.stages) == 1 or stage <= self.core_index
 
+    @of_stage
     def in_channels(self, stage: int) -> Number:
         """Input channels of a stage that a block reads, filled up to whole units of depth."""
         channels = self.stages[stage].in_channels
@@ -293,16 +314,19 @@ class Part:
             return round_up(channels, self.unit.depth)
         return round_up(ceil_div(channels, self.split), larger(self.unit.depth, SLICE * (self.split > 1)))
 
+    @of_stage
     def depth_units(self, stage: int) -> int:
         """Units of depth of a stage, all taps."""
         taps = self.stages[stage].kernel[0] * self.stages[stage].kernel[1]
         return taps * self.in_channels(stage) // self.unit.depth
 
+    @of_stage
     def slice_channels(self, stage: int) -> Number:
         """Output channels that a block computes; those behind the last channel are zero."""
         needed = self.in_channels(stage + 1) if stage < self.last else self.out_width
         return slice_channels(needed, self.split if len(self.stages) == 1 else 1)
 
+    @of_stage
     def pitch(self, stage: int) -> Number:
         """Words from one pixel of a stage's input in shared memory to the next."""
         return self.unit.pitch(self.slice_channels(stage - 1) if stage else self.in_channels(0))
@@ -323,6 +347,7 @@ class Part:
             for i in range(len(self.stages))
         )
 
+    @of_stage
     def window_rows(self, stage: int) -> Number:
         """Rows of a stage's window that a lane can keep in registers while it passes over them; 1 if none.
 
@@ -335,6 +360,7 @@ class Part:
         kept = (self.tile_w % self.unit.pixels == 0) & (self.is_staged if stage == 0 else True)
         return 1 + (core.kernel[0] - 1) * kept
 
+    @of_stage
     def rows_kept(self, stage: int) -> Number:
         """Rows of the window that lanes do keep; 1 if none."""
         return rows_kept(self.works[stage], self.window_rows(stage), self.tile_h)
@@ -344,6 +370,7 @@ class Part:
         kept = self.rows_kept(stage)
         return (self.works[stage].columns + kept - 1) / kept
 
+    @of_stage
     def tiles_of_work(self, stage: int) -> tuple[Number, Number]:
         """Warp tiles of a stage: along the channels and along the pixels."""
         work = self.works[stage]
@@ -352,6 +379,7 @@ class Part:
             ceil_div(self.pixels(stage), self.unit.pixels * work.columns),
         )
 
+    @of_stage
     def share(self, stage: int) -> Number:
         """Units of depth of one part of the depth."""
         return round_up(ceil_div(self.depth_units(stage), self.works[stage].splits), self.rows_kept(stage))
@@ -361,6 +389,7 @@ class Part:
         """Whether one thread can copy a chunk, and all can wait for it alone: from sm_90 on."""
         return self.device.compute_capability >= 90
 
+    @of_stage
     def chunk_units(self, stage: int) -> Number:
         """Units of depth of a chunk, in each part of the depth; all without bulk copies.
 
@@ -375,15 +404,18 @@ class Part:
         even = ceil_div(share, ceil_div(share, most))
         return smaller(larger(1, round_up(even, turn) * (most > 1)), share)
 
+    @of_stage
     def chunks(self, stage: int) -> Number:
         """Chunks of a stage's weights."""
         return ceil_div(self.share(stage), self.chunk_units(stage))
 
+    @of_stage
     def unit_vectors(self, stage: int) -> Number:
         """Vectors of a unit of depth, of each part of it, of all channels of a slice."""
         work = self.works[stage]
         return self.tiles_of_work(stage)[0] * work.splits * work.rows * self.unit.weight_lanes
 
+    @of_stage
     def chunk_vectors(self, stage: int) -> Number:
         """Vectors of a chunk."""
         return self.chunk_units(stage) * self.unit_vectors(stage)
@@ -392,11 +424,13 @@ class Part:
         """Vectors of one slice's packed weights."""
         return self.chunks(stage) * self.chunk_vectors(stage)
 
+    @of_stage
     def turns_of_work(self, stage: int) -> Number:
         """Warp tiles that a warp computes one after the other."""
         channel_tiles, pixel_tiles = self.tiles_of_work(stage)
         return ceil_div(channel_tiles * pixel_tiles, self.warps // self.works[stage].splits)
 
+    @of_stage
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
         copies = self.buffers * self.is_staged if stage == 0 else 1
@@ -430,6 +464,7 @@ class Part:
             words = larger(words, (work.splits > 1) * work.splits * self.pixels(i) * self.scratch_pitch(i))
         return words
 
+    @of_stage
     def resident_vectors(self, stage: int) -> Number:
         """Shared memory of all of a stage's chunks; bulk copies need two mailboxes for each."""
         return self.chunks(stage) * (self.chunk_vectors(stage) + self.has_bulk_copies)
@@ -603,17 +638,23 @@ def choose_work(
     window_rows, tile_h : int or array
         Rows of the window that lanes can keep, where the rows of the tile allow it.
     """
-    work = Work(*work_options(unit.name))
-    given = (pixels, channels, units, warps, window_rows, tile_h)
-    pixels_, channels_, units_, warps_, window_rows_, tile_h_ = (np.asarray(value)[..., None] for value in given)
-    kept = rows_kept(work, window_rows_, tile_h_)
-    allowed = (warps_ % work.splits == 0) & ((work.splits == 1) | (work.splits * kept <= units_))
-    allowed &= (work.rows == 2) | (unit.row_lanes * work.rows // 2 < channels_)
-    allowed &= (work.columns == 1) | (unit.pixels * work.columns // 2 < pixels_)
-    allowed &= registers_of(work, unit, kept) <= np.minimum(255, REGISTERS // (WARP * warps_))
-    cycles = stage_cycles(work, pixels_, channels_, units_, warps_, unit, kept)
+    options = work_options(unit.name)
+    work, kept = Work(*options), 1
+    if np.any(np.asarray(window_rows) > 1):
+        kept = rows_kept(work, np.asarray(window_rows)[..., None], np.asarray(tile_h)[..., None])
+        kept = kept.astype(np.float32)
+    # Single precision is exact enough, and twice as fast.
+    work = Work(*options.astype(np.float32))
+    given = (pixels, channels, units, warps)
+    pixels_, channels_, units_, warps_ = (np.asarray(value, np.float32)[..., None] for value in given)
+    groups = np.floor(warps_ / work.splits)
+    allowed = (groups * work.splits == warps_) & ((work.splits == 1) | (work.splits * kept <= units_))
+    allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
+    allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
+    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
+    cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
-    chosen = work_options(unit.name)[:, best]
+    chosen = options[:, best]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
 
 
@@ -623,7 +664,7 @@ def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
 
 
 def stage_cycles(
-    work: Work, pixels: Number, channels: Number, units: Number, warps: Number, unit: Unit, kept: Number
+    work: Work, pixels: Number, channels: Number, units: Number, groups: Number, unit: Unit, kept: Number
 ) -> Number:
     """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
 
@@ -632,7 +673,7 @@ def stage_cycles(
     rows, columns, splits = work.rows, work.columns, work.splits
     items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
     share = round_up(ceil_div(units, splits), kept)
-    rounds = ceil_div(items, larger(1, warps // splits))
+    rounds = ceil_div(items, larger(1, groups))
     # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
     loads = 4 * (rows + (columns + kept - 1) / kept)
     if unit.name == "mma":
@@ -640,7 +681,7 @@ def stage_cycles(
     else:
         issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
     busy = items * splits * share * larger(loads, issue / 4)
-    results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes // 16)
+    results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes / 16)
     alone = rounds * (share * latency + 100 + results * 5)
     # The parts of a depth are written, read and added up by all threads.
     merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
