@@ -498,8 +498,12 @@ class Part:
         for i in sorted(count, key=lambda i: (i != self.core_index, i)):
             resident[i] = whole | ((ring & once[i] == 0) & (sizes[i] <= room))
             room = room - resident[i] * sizes[i]
-        slots = ring * smaller(chunks, least + larger(0, room) // slot)
-        return Placement(tuple(resident), tuple(ring & one for one in once), slots, slot)
+        slots = least + larger(0, room) // slot
+        # A ring of all chunks is none.
+        complete = ring & (slots >= chunks)
+        ring = ring & (slots < chunks)
+        resident = [own | (complete & one) for own, one in zip(resident, once, strict=True)]
+        return Placement(tuple(resident), tuple(ring & one for one in once), ring * slots, slot)
 
     @property
     def mailbox_words(self) -> Number:

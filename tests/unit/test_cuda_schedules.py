@@ -99,13 +99,36 @@ def test_random_shapes_are_right_with_the_chosen_configuration(tmp_path):
     assert not emulate(tmp_path, [(case, conv.choose(case.shape, H100)[0], H100) for case in cases])
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_random_shapes_are_right_with_random_configurations(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    runs = []
-    for case in gpu_check.random_cases(24, seed=seed, largest=9):
-        configs = conv.candidates(case.shape, H100)
-        runs.append((case, configs[rng.integers(len(configs))], H100))
+# What a kernel can do about its size, by name.
+WAYS = {
+    "ring": lambda part: any(part.placement.ring),
+    "cluster": lambda part: bool(part.is_cluster),
+    "rows kept": lambda part: part.rows_kept(part.core_index) > 1,
+    "input ahead": lambda part: part.buffers > 1,
+}
+
+
+def test_random_shapes_are_right_with_random_configurations(tmp_path):
+    """On GPUs of few processors and little shared memory too, so that every way is gone."""
+    rng = np.random.default_rng(2)
+    runs, gone = [], set()
+
+    def ways_of(config):
+        if config.strategy == "direct":
+            return set()
+        parts = parts_of(case.shape, config, device)
+        return {name for name, goes in WAYS.items() if any(map(goes, parts))}
+
+    for number, case in enumerate(gpu_check.random_cases(40, seed=2, largest=16)):
+        smem_bytes = int(rng.choice([64, 100, 227])) * 1024
+        device = replace(H100, core_count=int(rng.choice([1, 8, 132])), smem_per_block_optin_bytes=smem_bytes)
+        configs = conv.candidates(case.shape, device)
+        configs = [configs[i] for i in rng.permutation(len(configs))[:60]]
+        wanted = list(WAYS)[number % len(WAYS)]
+        config = next((config for config in configs if wanted in ways_of(config)), configs[0])
+        gone |= ways_of(config)
+        runs.append((case, config, device))
+    assert gone == set(WAYS)
     assert not emulate(tmp_path, runs)
 
 
