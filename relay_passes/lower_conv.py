@@ -67,7 +67,7 @@ def read_conv(function: relax.Function) -> ConvOp:
             first.batch, first.height, first.width, first.in_channels, last.out_channels,
             core.kernel, core.stride, core.padding, core.dilation,
         )  # fmt: skip
-        shape = TuckerConvShape(dense, core.in_channels, core.out_channels)
+        shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     layout = str(convs[0].call.attrs.data_layout)
     operands = [convs[0].data, *([tails[-1].residual] if tails[-1].residual is not None else [])]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)

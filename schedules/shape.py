@@ -140,11 +140,14 @@ class TuckerConvShape:
         The convolution that the three stages stand for; its groups must be 1.
     rank_in, rank_out : int
         D1 and D2, the channels before and after the core.
+    reduce_bias : bool
+        Whether the first stage adds a bias, which the core's padding does not have.
     """
 
     dense: Conv2dShape
     rank_in: int
     rank_out: int
+    reduce_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.dense.groups != 1:
@@ -166,6 +169,11 @@ class TuckerConvShape:
             out_channels=d.out_channels,
         )
         return plain, core, expand
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the three stages are one dense convolution."""
+        return not (self.reduce_bias and any(self.dense.padding))
 
     @property
     def weight_count(self) -> int:

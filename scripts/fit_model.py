@@ -37,7 +37,7 @@ class Measured:
     times_us : numpy.ndarray
         Medians.
     groups : list of (indices, parts)
-        Which of the times belong to configurations cut in the same places, and their kernels.
+        Which of the times belong to configurations of the same stages cut in the same places, and their kernels.
     """
 
     text: str
@@ -66,13 +66,13 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
     found = []
     for text, members in layers.items():
         shape = gpu_layers.shape_of(members[0]["shape"])
-        stages = chain_conv.stages_of(shape)
-        by_cuts: dict[tuple[int, ...], list[int]] = {}
+        by_stages: dict[tuple, list[int]] = {}
         for index, record in enumerate(members):
             config = KernelConfig(record["strategy"], tuple(record["config"].items()))
-            by_cuts.setdefault(chain_conv.cuts_of(config), []).append(index)
+            stages = chain_conv.stages_of(shape, config.strategy)
+            by_stages.setdefault((stages, chain_conv.cuts_of(config)), []).append(index)
         groups = []
-        for cuts, indices in by_cuts.items():
+        for (stages, cuts), indices in by_stages.items():
             parts = []
             for number, (begin, end) in enumerate(itertools.pairwise((0, *cuts, len(stages)))):
                 names = [f"{field}{number or ''}" for field in chain_conv.FIELDS]

@@ -35,6 +35,10 @@ class Case:
     epilogue: Epilogue
     biases: tuple[bool, ...]
 
+    def __post_init__(self) -> None:
+        if hasattr(self.shape, "stages"):
+            object.__setattr__(self, "shape", replace(self.shape, reduce_bias=self.biases[0]))
+
     @property
     def precision(self) -> str:
         """Arithmetic and storage."""

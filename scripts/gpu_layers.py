@@ -21,7 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
@@ -138,6 +138,22 @@ def make_weights(layer: dict[str, Any], stages: str = "stages") -> list[tuple[np
     return weights
 
 
+def merge(weights: Sequence[tuple[np.ndarray, np.ndarray | None]], precision: str) -> list:
+    """The dense convolution that a Tucker layer's stages are together; of them only the last has a bias."""
+    (reduce, _), (core, _), (expand, bias) = weights
+    kernel = np.einsum("no,oiyx,ic->ncyx", expand[:, :, 0, 0], core, reduce[:, :, 0, 0], optimize=True)
+    kernel = np.ascontiguousarray(kernel, np.float32)
+    if precision == "tf32":
+        kernel = ((kernel.view(np.uint32) + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return [(kernel, bias)]
+
+
+def weights_of(layer: dict[str, Any], strategy: str) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """What a kernel of a strategy packs."""
+    weights = make_weights(layer)
+    return merge(weights, layer["precision"]) if strategy == "dense" else weights
+
+
 def flatten(weights: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarray:
     """A zero, then all weights behind each other."""
     arrays = [array.ravel() for pair in weights for array in pair if array is not None]
@@ -145,7 +161,8 @@ def flatten(weights: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarr
 
 
 def find_packing(
-    pack: Callable[[tuple[ConvWeights, ...]], Sequence[np.ndarray]], layer: dict[str, Any]
+    pack: Callable[[tuple[ConvWeights, ...]], Sequence[np.ndarray]],
+    weights: Sequence[tuple[np.ndarray, np.ndarray | None]],
 ) -> list[np.ndarray]:
     """How a kernel packs its weights, found by packing the weights' own numbers.
 
@@ -153,8 +170,8 @@ def find_packing(
     ----------
     pack : callable
         From a kernel's weights to its constants.
-    layer : dict
-        From `describe`.
+    weights : sequence of (kernel, bias)
+        From `weights_of`.
 
     Returns
     -------
@@ -164,7 +181,6 @@ def find_packing(
     """
     from tdc_tvm.schedules.kernel import ConvWeights
 
-    weights = make_weights(layer)
     values = flatten(weights)
 
     def pack_values(source: np.ndarray) -> list[np.ndarray]:
@@ -309,7 +325,11 @@ def _compile_library(
 
         def make(weights: tuple[ConvWeights, ...], layer: dict = layer, candidate: Candidate = candidate) -> Kernel:
             epilogue = Epilogue(clip_min=0.0 if layer["relu"] else None)
-            return backend(device).make_kernel(candidate.shape, epilogue, weights, candidate.config, device, "conv")
+            shape, config = candidate.shape, candidate.config
+            if config.strategy == "dense":
+                # Its weights are merged already.
+                shape, config = shape.dense, replace(config, strategy="conv")
+            return backend(device).make_kernel(shape, epilogue, weights, config, device, "conv")
 
         made: list[Kernel] = []
 
@@ -318,7 +338,7 @@ def _compile_library(
             return made[-1].constants
 
         keys = []
-        for constant in find_packing(pack, layer):
+        for constant in find_packing(pack, weights_of(layer, candidate.config.strategy)):
             keys.append(
                 hashlib.sha256(repr((constant.shape, constant.dtype)).encode() + constant.tobytes()).hexdigest()
             )
@@ -518,7 +538,7 @@ class Gpu:
         import torch
 
         layer = self.layers[kernel["layer"]]
-        values = flatten(make_weights(layer))
+        values = flatten(weights_of(layer, kernel["strategy"]))
         constants = [
             self.tensor(restore_constant(self.constants[constant["key"]], values), constant["dtype"])
             for constant in kernel["constants"]

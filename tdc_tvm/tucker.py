@@ -94,10 +94,21 @@ def tucker2(
                 random_state=0,
             )
         core = core * norm
+        if core.shape[:2] != tuple(ranks):
+            # What is left of a mode can have fewer directions than its rank: any others complete it.
+            u_out, u_in = (_completed(factor, rank) for factor, rank in zip((u_out, u_in), ranks, strict=True))
+            core = np.einsum("ncrs,na,cb->abrs", exact, u_out, u_in, optimize=True)
     stages = u_in.T[:, :, None, None], core, u_out[:, :, None, None]
     error = float(np.linalg.norm(exact - _compose(*stages))) / norm if norm else 0.0
     u_in, core, u_out = (np.ascontiguousarray(stage, dtype=kernel.dtype) for stage in stages)
     return TuckerFactors(u_in, core, u_out, error)
+
+
+def _completed(factor: np.ndarray, rank: int) -> np.ndarray:
+    """An orthonormal matrix with as many columns as ``rank``, whose first are those of ``factor``."""
+    known = factor.shape[1]
+    basis, _ = np.linalg.qr(np.concatenate([factor, np.eye(factor.shape[0])], axis=1))
+    return np.concatenate([factor, basis[:, known:rank]], axis=1)
 
 
 def ranks_by_energy(kernel: np.ndarray, energy: float) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 ``tile``: all three stages in one kernel, a tile by one block.  ``cluster``: a tile by several blocks.
 ``two``: two kernels, cut before (``cut`` 1) or after (``cut`` 2) the core.  ``three``: one kernel for
-each stage.  ``conv``: a dense convolution.
+each stage.  ``conv``: a dense convolution.  ``dense``: a Tucker convolution as the dense one that its
+stages are together, which has more products but only one stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.chain import Buffers, Chain
-from tdc_tvm.schedules.cuda.pack import pack_bias, pack_weights
+from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
 from tdc_tvm.schedules.cuda.plan import UNITS, Number, Part, round_up
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
@@ -25,9 +26,11 @@ from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 FIELDS = ("tile_h", "tile_w", "split", "warps")
 
 
-def stages_of(shape: ConvShape) -> tuple[Conv2dShape, ...]:
-    """The convolutions that a shape stands for."""
-    return (shape,) if isinstance(shape, Conv2dShape) else shape.stages
+def stages_of(shape: ConvShape, strategy: str) -> tuple[Conv2dShape, ...]:
+    """The convolutions that are computed one after the other."""
+    if isinstance(shape, Conv2dShape):
+        return (shape,)
+    return (shape.dense,) if strategy == "dense" else shape.stages
 
 
 def cuts_of(config: KernelConfig) -> tuple[int, ...]:
@@ -37,7 +40,7 @@ def cuts_of(config: KernelConfig) -> tuple[int, ...]:
 
 def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tuple[Part, ...]:
     """The kernels of a configuration, in order."""
-    stages = stages_of(shape)
+    stages = stages_of(shape, config.strategy)
     bounds = (0, *cuts_of(config), len(stages))
     vector = UNITS[stages[0].precision].vector
     parts = []
@@ -80,7 +83,9 @@ def make_kernel(
     name: str,
 ) -> Kernel:
     """Build the kernels: parameters ``(x, weights and biases by stage, [residual], out, what lies between)``."""
-    parts, stages = parts_of(shape, config, device), stages_of(shape)
+    parts, stages = parts_of(shape, config, device), stages_of(shape, config.strategy)
+    if config.strategy == "dense":
+        weights = (merge(weights),)
     placed = [(part, stage) for part in parts for stage in range(len(part.stages))]
     constants = {}
     for number, ((part, stage), one) in enumerate(zip(placed, weights, strict=True)):

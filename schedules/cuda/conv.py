@@ -6,6 +6,7 @@
 | ``cluster`` | the same, each tile by a cluster of blocks (from sm_90 on) | few pixels, many channels |
 | ``two`` | cut before or after the core | |
 | ``three`` | one for each stage | what else does not fit |
+| ``dense`` | the dense convolution that a Tucker convolution stands for | what gains nothing from fewer products |
 | ``conv`` | a dense convolution | |
 | ``direct`` | a grouped or depthwise one | |
 """
@@ -24,9 +25,9 @@ from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
 from tdc_tvm.schedules.cuda.space import splits, tiles
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
-STRATEGIES = ("tile", "cluster", "two", "three", "conv")
+STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile.
 _LEAST, _MOST = 8, 256
 _WARPS = (4, 8, 16)
@@ -55,15 +56,25 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
     return [config for config, _ in _estimates(shape, device)]
 
 
-def _estimates(shape: ConvShape, device: DeviceSpec) -> list[tuple[KernelConfig, float]]:
-    """All configurations that run, and their predicted latencies in microseconds."""
-    stages = chain_conv.stages_of(shape)
-    single = "conv" if len(stages) == 1 else "tile"
+def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) -> list[tuple[KernelConfig, float]]:
+    """Configurations that run, all or the best of one kernel, and their predicted latencies in microseconds."""
     found = []
-    for values, latency_us in zip(*_space(stages, device), strict=True):
-        strategy = "cluster" if single == "tile" and values[2] > 1 else single
-        found.append((KernelConfig(strategy, tuple(zip(FIELDS, values, strict=True))), latency_us))
-    for cuts in _CUTS if len(stages) == 3 else ():
+
+    def add(stages: tuple[Conv2dShape, ...], one_block: str, several: str) -> None:
+        ways, latencies_us = _space(stages, device)
+        least = latencies_us.min(initial=np.inf)
+        for i in np.flatnonzero(latencies_us == least) if only_best else range(len(ways)):
+            strategy = one_block if ways[i][2] == 1 else several
+            found.append((KernelConfig(strategy, tuple(zip(FIELDS, ways[i], strict=True))), latencies_us[i]))
+
+    if isinstance(shape, Conv2dShape):
+        add((shape,), "conv", "conv")
+        return found
+    stages = shape.stages
+    add(stages, "tile", "cluster")
+    if shape.is_mergeable:
+        add((shape.dense,), "dense", "dense")
+    for cuts in _CUTS:
         spaces = []
         for begin, end in itertools.pairwise((0, *cuts, 3)):
             ways, latencies_us = _space(stages[begin:end], device)
@@ -103,6 +114,8 @@ def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) ->
         expected = STRATEGIES[:-1]
     if config.strategy not in expected:
         return f"strategy {config.strategy!r} is not for {shape}; expected {' or '.join(map(repr, expected))}"
+    if config.strategy == "dense" and isinstance(shape, TuckerConvShape) and not shape.is_mergeable:
+        return "is not one dense convolution: the bias of the first stage does not reach the core's padding"
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.reject_reason(shape, config, device)
@@ -128,7 +141,7 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     if isinstance(shape, Conv2dShape) and shape.groups > 1:
         options = [(c, direct.estimate(shape, c, device).latency_us) for c in direct.candidates(shape, device)]
     else:
-        options = _estimates(shape, device)
+        options = _estimates(shape, device, only_best=True)
     if not options:
         raise TdcError(
             f"no CUDA schedule for {shape} on {device.name} ({device.arch}): tf32 and bf16 need sm_80 or newer; "

@@ -66,6 +66,19 @@ def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
     return padded
 
 
+def merge(weights: tuple[ConvWeights, ...]) -> ConvWeights:
+    """The dense convolution that the three stages of a mergeable Tucker convolution are."""
+    kernels = [one.kernel.astype(np.float64) for one in weights]
+    reduce, core, expand = kernels[0][:, :, 0, 0], kernels[1], kernels[2][:, :, 0, 0]
+    kernel = np.einsum("no,oiyx,ic->ncyx", expand, core, reduce, optimize=True)
+    # What a stage adds passes through those behind it.
+    bias = np.zeros(reduce.shape[1])
+    for one, matrix in zip(weights, (reduce, core.sum((2, 3)), expand), strict=True):
+        bias = matrix @ bias + (0.0 if one.bias is None else one.bias.astype(np.float64))
+    has_bias = any(one.bias is not None for one in weights)
+    return ConvWeights(kernel.astype(np.float32), bias.astype(np.float32) if has_bias else None)
+
+
 def round_to(precision: str, array: np.ndarray) -> np.ndarray:
     """An FP32 array as it is stored for a precision, contiguous: FP16, BF16, or FP32 rounded to what TF32 keeps."""
     array = np.ascontiguousarray(array, np.float32)

@@ -68,6 +68,8 @@ def weights_for(shape, bias=True):
 
 
 def kernel_for(shape, config=None, epilogue=PLAIN, device=H100, bias=True):
+    if isinstance(shape, TuckerConvShape):
+        shape = replace(shape, reduce_bias=bias)
     config = config or conv.choose(shape, device)[0]
     return conv.make_kernel(shape, epilogue, weights_for(shape, bias), config, device, "conv")
 
@@ -160,9 +162,13 @@ def test_every_strategy_is_right(tmp_path, precision):
         config_of("two", (2, 4, 2, 8), plain, cut=2),
         config_of("three", (8, 8, 1, 2), plain, (5, 3, 2, 1)),
     ]
+    merged = gpu_check.Case(shape, Epilogue(True, 0.0), (False, True, True))
     case = gpu_check.Case(shape, Epilogue(True, 0.0), (True, True, True))
     conv_case = gpu_check.Case(dense, Epilogue(True, 0.0), (True,))
     runs = [(case, config, H100) for config in configs]
+    runs.append((merged, config_of("dense", (3, 3, 2, 4)), H100))
+    unpadded = TuckerConvShape(replace(dense, padding=(0, 0, 0, 0)), 33, 17)
+    runs.append((gpu_check.Case(unpadded, Epilogue(), (True, True, False)), config_of("dense", (3, 3, 2, 4)), H100))
     assert not emulate(tmp_path, [*runs, (conv_case, config_of("conv", (3, 3, 2, 4)), H100)])
 
 
@@ -259,7 +265,7 @@ def test_there_is_always_a_way():
     """However large the ranks: three kernels need next to no shared memory."""
     for precision in DTYPES:
         dense = Conv2dShape(1, 12, 12, 16, 16, (7, 7), padding=(3, 3, 3, 3), precision=precision)
-        config, _ = conv.choose(TuckerConvShape(dense, 20_000, 20_000), H100)
+        config, _ = conv.choose(TuckerConvShape(dense, 20_000, 20_000, reduce_bias=True), H100)
         assert config.strategy == "three"
 
 
@@ -286,7 +292,7 @@ def test_a_nan_reaches_the_outputs_that_depend_on_it_and_no_others(tmp_path, epi
 @pytest.mark.parametrize("shape", RESNET, ids=str)
 def test_function_is_marked_as_scheduled(shape):
     config, _ = conv.choose(shape, H100)
-    func = kernel_for(shape, config).func
+    func = kernel_for(shape, config, bias=False).func
     assert func.attrs["tirx.is_scheduled"]
     assert func.attrs["op_pattern"] == 8
     assert func.attrs["tdc.config"] == str(config)
@@ -297,7 +303,7 @@ def test_function_is_marked_as_scheduled(shape):
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameters_are_input_constants_residual_output(bias, residual):
     shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME), 4, 4)
-    kernel = kernel_for(shape, epilogue=Epilogue(residual), bias=bias)
+    kernel = kernel_for(shape, config_of("tile", (4, 4, 1, 4)), epilogue=Epilogue(residual), bias=bias)
     names = [param.name for param in kernel.func.params]
     constants = [name for i in range(3) for name in ([f"weight{i}", f"bias{i}"] if bias else [f"weight{i}"])]
     assert names == ["x", *constants, *(["residual"] if residual else []), "out"]
@@ -332,10 +338,11 @@ def test_candidates_run_and_the_cheapest_is_chosen(shape, device):
         (("tile", (4, 4, 1, 33)), "H100", "fp16", "1056 threads"),
         (("tile", (0, 4, 1, 4)), "H100", "fp16", "tiles of 0x4"),
         (("conv", (4, 4, 1, 4)), "H100", "fp16", "expected 'tile' or 'cluster'"),
+        (("dense", (4, 4, 1, 4)), "H100", "fp16", "bias of the first stage does not reach"),
     ],
 )
 def test_what_cannot_run_is_rejected_with_numbers(config, device, precision, reason):
-    shape = TuckerConvShape(Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME, precision=precision), 192, 64)
+    shape = TuckerConvShape(Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME, precision=precision), 192, 64, True)
     config = config_of(*config)
     assert reason in conv.reject_reason(shape, config, GPUS[device])
     with pytest.raises(TdcError, match=re.escape(reason)):

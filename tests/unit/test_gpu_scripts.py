@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tdc_tvm.schedules.cuda import conv, model
+from tdc_tvm.schedules.cuda.pack import merge
 from tdc_tvm.schedules.device import GPUS
+from tdc_tvm.schedules.kernel import ConvWeights
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -29,19 +32,39 @@ def test_weights_are_packed_alike_on_both_machines(shape, precision):
     shape = bench_layers.with_precision(shape, precision)
     layer = json.loads(json.dumps(gpu_layers.describe(shape, ["group"])))
     assert gpu_layers.shape_of(layer) == shape
-    config, _ = conv.choose(shape, H100)
+    config = next(config for config in conv.candidates(shape, H100) if config.strategy in ("tile", "conv"))
     packed = []
 
     def pack(weights):
         packed.append(conv.make_kernel(shape, Epilogue(), weights, config, H100, "conv").constants)
         return packed[-1]
 
-    positions = gpu_layers.find_packing(pack, layer)
-    values = gpu_layers.flatten(gpu_layers.make_weights(layer))
+    weights = gpu_layers.weights_of(layer, config.strategy)
+    positions = gpu_layers.find_packing(pack, weights)
+    values = gpu_layers.flatten(weights)
     for expected, position in zip(packed[0], positions, strict=True):
         assert position.dtype == np.int32
         restored = gpu_layers.restore_constant(gpu_layers.store_constant(position), values)
         np.testing.assert_array_equal(restored.astype(expected.dtype), expected)
+
+
+def test_merged_weights_are_the_product_of_the_stages():
+    layer = gpu_layers.describe(TUCKER, ["group"])
+    stages = gpu_layers.make_weights(layer)
+    merged = merge(tuple(ConvWeights(*one) for one in stages))
+    ((kernel, bias),) = gpu_layers.weights_of(layer, "dense")
+    np.testing.assert_allclose(kernel, merged.kernel, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(bias, merged.bias)
+
+    def convolve(x, shape, kernel, bias):
+        bias = None if bias is None else torch.from_numpy(bias).double()
+        weight = torch.from_numpy(kernel).double()
+        return torch.nn.functional.conv2d(x, weight, bias, shape.stride, shape.padding[:2], shape.dilation)
+
+    x = expected = torch.randn(1, DENSE.in_channels, 9, 9, dtype=torch.float64)
+    for shape, one in zip(TUCKER.stages, stages, strict=True):
+        expected = convolve(expected, shape, *one)
+    torch.testing.assert_close(convolve(x, DENSE, merged.kernel, merged.bias), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_holds_the_pick_and_is_always_the_same():

@@ -50,6 +50,23 @@ def test_shapes_orthonormality_and_the_reported_error(ranks):
     assert factors.relative_error == pytest.approx(error, rel=1e-9)
 
 
+def test_ranks_are_completed_where_the_decomposition_has_fewer(monkeypatch):
+    """Versions of tensorly differ in this."""
+    kernel = random_kernel(12, 6, 3, 3)
+    whole = partial_tucker
+
+    def fewer(*arguments, rank, **options):
+        return whole(*arguments, rank=[rank[0] - 1, rank[1]], **options)
+
+    monkeypatch.setattr("tensorly.decomposition.partial_tucker", fewer)
+    factors = tucker2(kernel, (10, 2))
+    assert factors.core.shape == (10, 2, 3, 3)
+    u_out = factors.u_out[..., 0, 0]
+    np.testing.assert_allclose(u_out.T @ u_out, np.eye(10), atol=1e-12)
+    error = np.linalg.norm(kernel - composed(factors)) / np.linalg.norm(kernel)
+    assert factors.relative_error == pytest.approx(error, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("shape", "ranks"), [((24, 16, 3, 3), (7, 9)), ((10, 20, 5, 5), (4, 4)), ((16, 16, 3, 1), (9, 3))]
 )
