@@ -1,8 +1,4 @@
-"""Emits the kernel that a `Part` describes: one to three convolutions over a tile, on CUDA or tensor cores.
-
-Shared memory is one buffer of 32-bit words: a word is a float, or two halves.  Registers that hold
-operands are words too; only the product looks at what they mean.
-"""
+"""Emits the kernel that a `Part` describes: one to three convolutions over a tile, on CUDA or tensor cores."""
 
 from __future__ import annotations
 
@@ -13,35 +9,14 @@ from dataclasses import dataclass
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, ramp, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
+from tdc_tvm.schedules.cuda.stream import WeightStream
 from tdc_tvm.schedules.shape import Epilogue
 
 # Pairs of units of depth in the body of the loop over them.
 _UNROLL = 2
-
-
-@dataclass
-class Buffers:
-    """Parameters of one kernel.
-
-    Parameters
-    ----------
-    x, out : Buffer
-        NHWC, ``in_width`` and ``out_width`` channels.
-    weights : sequence of Buffer
-        A flat one for each stage.
-    biases : sequence of Buffer or None
-        FP32, filled up to whole slices.
-    residual : Buffer, optional
-        Of the output's shape.
-    """
-
-    x: tirx.Buffer
-    out: tirx.Buffer
-    weights: Sequence[tirx.Buffer]
-    biases: Sequence[tirx.Buffer | None]
-    residual: tirx.Buffer | None
 
 
 @dataclass
@@ -67,42 +42,12 @@ class Tile:
     exists: ir.Expr | bool
 
 
-def local(count: int, dtype: str = "float32") -> tirx.Buffer:
-    """Registers."""
-    return T.sblock_alloc_buffer((count,), dtype, scope="local")
-
-
-def ramp(start: ir.Expr | int, count: int) -> ir.Expr | int:
-    """The indices of ``count`` neighbouring elements."""
-    return start if count == 1 else T.ramp(start, 1, count)
-
-
-def unrolled(count: int):
-    """A loop that the CUDA compiler unrolls."""
-    return T.serial(count, unroll=True)
-
-
-def all_of(*conditions: ir.Expr | bool) -> ir.Expr | None:
-    """The conjunction of what is not known to hold; None if all holds."""
-    unknown = [condition for condition in conditions if condition is not True]
-    return tirx.all(*unknown) if unknown else None
-
-
-def when(condition: ir.Expr | None, body: Callable[[], None]) -> None:
-    """Emit under a condition; None always holds."""
-    if condition is None:
-        body()
-        return
-    with T.If(condition), T.Then():
-        body()
-
-
-class Chain:
+class Chain(Block):
     """Emits one part."""
 
     def __init__(self, part: Part, epilogue: Epilogue, buffers: Buffers):
-        self.part, self.epilogue, self.buffers = part, epilogue, buffers
-        self.unit = part.unit
+        super().__init__(part, buffers)
+        self.epilogue = epilogue
         self.last = part.last
         # Mailboxes and biases come first.
         places, at = [], part.bias_at(len(part.stages))
@@ -114,17 +59,8 @@ class Chain:
         # Sums that are sent, by group of pixels, and received, by sender.
         self.outbox_at, self.inbox_at = at, at + part.exchange_words // 2
         at += part.exchange_words
-        self.weights_at = []
-        for stage, resident in enumerate(part.placement.resident):
-            self.weights_at.append(at)
-            at += 4 * part.resident_vectors(stage) * resident
-        # The number of a stage's first chunk in the ring.
-        self.ring_at, self.ring_chunks, self.first_chunk = at, 0, []
-        for stage, ring in enumerate(part.placement.ring):
-            self.first_chunk.append(self.ring_chunks)
-            self.ring_chunks += part.chunks(stage) * ring
-        at += 4 * part.placement.slots * part.placement.slot_vectors
-        assert 4 * at == part.smem_bytes
+        self.stream = WeightStream(self, at)
+        assert 4 * self.stream.end == part.smem_bytes
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
         """Emit the kernel's body.
@@ -135,17 +71,18 @@ class Chain:
             Which group of blocks this is, which block of the group, which thread of the block.
         """
         part = self.part
-        # At least one word: a buffer cannot be empty.
-        self.shared = T.sblock_alloc_buffer((max(1, part.smem_bytes // 4),), "float32", scope="shared.dyn")
-        self.base = T.Bind(call("tdc_base", address(self.shared, 0), returns="int32"))
-        self.rank, self.thread = rank, thread
-        self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
+        self.begin(rank, thread)
         # Weights do not depend on the kernel before this one, and can be under way before its end.  Where there
         # is no room beside it, this kernel begins with what it needs first.
         late = range(1 if part.is_staged and not part.overlaps else len(part.stages), len(part.stages))
         early = range(late.start)
+        if part.is_cluster:
+            with T.If(thread == 0), T.Then():
+                run("tdc_mailbox_open", self.at(0), 1)
         if part.has_bulk_copies:
-            self.open_mailboxes()
+            self.stream.open_mailboxes()
+            run("tdc_fence_copies")
+            barrier()
         for stage in early:
             self.copy_weights(stage)
             run("tdc_commit")
@@ -187,7 +124,7 @@ class Chain:
                     run("tdc_cluster_wait")
                 self.stage(stage)
                 if part.is_cluster and stage == part.core_index:
-                    self.exchange(turn)
+                    self.exchange()
                     run("tdc_cluster_arrive")
             if part.rounds > 1:
                 # Shared memory is written again.
@@ -210,7 +147,7 @@ class Chain:
             number < part.tile_count if part.tile_count % (part.blocks // part.split) else True,
         )
 
-    def exchange(self, turn: ir.Expr) -> None:
+    def exchange(self) -> None:
         """Send sums of the core to the blocks that finish them, and finish those of this block's pixels."""
         part, stage, box = self.part, self.part.core_index, self.at(0)
         pitch, group = part.scratch_pitch(stage), part.group_pixels
@@ -226,31 +163,8 @@ class Chain:
             from_ = self.at(self.outbox_at + self.thread * part.group_words)
             to = self.at(self.inbox_at + self.rank * part.group_words)
             run("tdc_send", from_, to, box, self.thread, bytes_of(self.thread))
-        run("tdc_mailbox_wait", box, turn % 2)
+        run("tdc_mailbox_wait", box, self.turn % 2)
         self.add_up(stage, self.inbox_at, part.split, group, part.group_words, self.finish)
-
-    def open_mailboxes(self) -> None:
-        """Make all mailboxes ready."""
-        part, place = self.part, self.part.placement
-
-        def open_slot(slot: ir.Expr) -> None:
-            arrived, left = self.mailboxes(place.ring.index(True), slot)
-            run("tdc_mailbox_open", self.at(arrived), 1)
-            run("tdc_mailbox_open", self.at(left), part.warps)
-
-        def open_chunk(stage: int, chunk: ir.Expr) -> None:
-            run("tdc_mailbox_open", self.at(self.mailboxes(stage, chunk)[0]), 1)
-
-        if part.is_cluster:
-            with T.If(self.thread == 0), T.Then():
-                run("tdc_mailbox_open", self.at(0), 1)
-        for stage, resident in enumerate(place.resident):
-            if resident:
-                self.each(part.chunks(stage), functools.partial(open_chunk, stage))
-        if place.slots:
-            self.each(place.slots, open_slot)
-        run("tdc_fence_copies")
-        barrier()
 
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights and biases into shared memory."""
@@ -265,103 +179,7 @@ class Chain:
                 run("tdc_copy", to, from_, tirx.const(True, "bool"))
 
             self.each(count // 4, copy_bias)
-        place = part.placement
-        if place.ring[stage]:
-            first = self.first_chunk[stage]
-            fetched = max(0, min(part.chunks(stage), place.slots - first))
-
-            if fetched:
-                self.each(fetched, lambda chunk: self.fetch(stage, chunk, first + chunk))
-        elif place.resident[stage] and part.has_bulk_copies:
-            self.each(part.chunks(stage), lambda chunk: self.fetch(stage, chunk, chunk))
-        elif place.resident[stage]:
-            vectors, buffer = part.weight_vectors(stage), self.buffers.weights[stage]
-            start = T.Bind(self.own_weights(stage))
-
-            def copy(vector: ir.Expr) -> None:
-                to = self.at(self.weights_at[stage] + vector * 4)
-                run("tdc_copy", to, address(buffer, (start + vector) * self.unit.vector), tirx.const(True, "bool"))
-
-            self.each(vectors, copy)
-
-    def own_weights(self, stage: int) -> ir.Expr | int:
-        """The first of this block's vectors of weights."""
-        return self.rank * self.part.weight_vectors(stage) if self.part.is_sliced(stage) else 0
-
-    def chunk_at(self, stage: int, place: ir.Expr | int) -> ir.Expr | int:
-        """The word where a chunk begins: in its slot of the ring, or its place among the others of its stage."""
-        if self.part.placement.ring[stage]:
-            return self.ring_at + place * (4 * self.part.placement.slot_vectors)
-        return self.weights_at[stage] + place * (4 * (self.part.chunk_vectors(stage) + self.part.has_bulk_copies))
-
-    def mailboxes(self, stage: int, place: ir.Expr | int) -> tuple[ir.Expr | int, ir.Expr | int]:
-        """The words of a chunk's mailboxes: what has arrived, and which warps have left."""
-        end = self.part.chunk_vectors(stage)
-        if self.part.placement.ring[stage]:
-            end = self.part.placement.slot_vectors - 1
-        at = self.chunk_at(stage, place) + 4 * end
-        return at, at + 2
-
-    def fetch(self, stage: int, chunk: ir.Expr, place: ir.Expr) -> None:
-        """Begin to copy a chunk, by one thread."""
-        part = self.part
-        vectors, box = part.chunk_vectors(stage), self.at(self.mailboxes(stage, place)[0])
-        start = (self.own_weights(stage) + chunk * vectors) * self.unit.vector
-        from_ = address(self.buffers.weights[stage], start)
-        run("tdc_mailbox_expect", box, 16 * vectors)
-        run("tdc_fetch", self.at(self.chunk_at(stage, place)), from_, 16 * vectors, box)
-
-    def number(self, stage: int, chunk: ir.Expr | int) -> ir.Expr | int:
-        """The number of a chunk among all that the block sends through the ring."""
-        number = self.first_chunk[stage] + chunk
-        return self.turn * self.ring_chunks + number if self.part.rounds > 1 else number
-
-    def await_chunk(self, stage: int, chunk: ir.Expr | int) -> None:
-        """Wait until a chunk is in shared memory."""
-        place, round_ = chunk, tirx.const(0, "int32")
-        if self.part.placement.ring[stage]:
-            number, slots = self.number(stage, chunk), self.part.placement.slots
-            place, round_ = number % slots, number // slots
-        run("tdc_mailbox_wait", self.at(self.mailboxes(stage, place)[0]), round_ % 2)
-
-    def leave_chunk(self, stage: int, chunk: ir.Expr | int) -> None:
-        """Give a chunk's slot away.  The warps take turns in filling the slot that was given away before."""
-        slots, total = self.part.placement.slots, self.part.rounds * self.ring_chunks
-        number = T.Bind(self.number(stage, chunk))
-        run("tdc_mailbox_arrive", self.at(self.mailboxes(stage, number % slots)[1]))
-        slot, next_ = T.Bind((number - 1) % slots), T.Bind(number - 1 + slots)
-        on_duty = self.thread == number % self.part.warps * WARP
-        with T.If(tirx.all(on_duty, number >= 1, next_ < total)), T.Then():
-            # All warps have left it, once for each time that it was filled.
-            run("tdc_mailbox_wait", self.at(self.mailboxes(stage, slot)[1]), (number - 1) // slots % 2)
-            within = T.Bind(next_ % self.ring_chunks)
-            for other, first in enumerate(self.first_chunk):
-                if not self.part.placement.ring[other]:
-                    continue
-                inside = tirx.all(within >= first, within < first + self.part.chunks(other))
-                when(inside, lambda: self.fetch(other, within - first, slot))  # noqa: B023 (called at once)
-
-    def pass_chunks(self, stage: int) -> None:
-        """What a warp without a tile does for the ring to go on."""
-        with T.serial(self.part.chunks(stage)) as chunk:
-            self.await_chunk(stage, chunk)
-            self.leave_chunk(stage, chunk)
-
-    def place(self, word: ir.Expr) -> ir.Expr:
-        """The address of a word of shared memory, for moves between it and registers."""
-        return address(self.shared, word)
-
-    def at(self, word: ir.Expr | int) -> ir.Expr:
-        """The same as PTX counts it: in bytes, from where shared memory begins."""
-        return self.base + word * 4
-
-    def each(self, count: int, body: Callable[[ir.Expr], None]) -> None:
-        """Divide items among the threads of the block."""
-        threads = self.part.threads
-        trips = ceil_div(count, threads)
-        with T.serial(trips, unroll=min(8, trips)) as trip:
-            item = T.Bind(trip * threads + self.thread)
-            when(all_of(item < count if count % threads else True), lambda: body(item))
+        self.stream.begin(stage)
 
     def copy_input(self, tile: Tile, buffer: ir.Expr | int) -> None:
         """Copy a tile's input and halo into shared memory, zeros where there is none."""
@@ -484,7 +302,7 @@ class Chain:
             busy = all_of(item < items if items % groups else True)
             when(busy, compute)
             if busy is not None and part.placement.ring[stage]:
-                when(tirx.Not(busy), lambda: self.pass_chunks(stage))
+                when(tirx.Not(busy), lambda: self.stream.pass_chunks(stage))
         if work.splits > 1:
             barrier()
             words = part.pixels(stage) * part.scratch_pitch(stage)
@@ -569,13 +387,13 @@ class Chain:
             a = weights[number]
             chunk, within = (i // chunk_units, i % chunk_units) if chunk_units < share else (0, i)
             if is_shared:
-                at = T.Bind(self.chunk_at(stage, self.number(stage, chunk) % place.slots if in_ring else chunk))
+                at = T.Bind(self.stream.chunk_at(stage, self.stream.place_of(stage, chunk)[0]))
             with unrolled(work.rows) as row:
                 vector = first + within * unit_vectors + row * unit.weight_lanes
                 if is_shared:
                     T.buffer_store(a, self.shared[ramp(at + vector * 4, 4)], [ramp(row * 4, 4)])
                 else:
-                    start = self.own_weights(stage) + chunk * part.chunk_vectors(stage) + vector
+                    start = self.stream.own_weights(stage) + chunk * part.chunk_vectors(stage) + vector
                     from_ = address(self.buffers.weights[stage], start * unit.vector)
                     run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
 
@@ -617,15 +435,15 @@ class Chain:
                     following = T.Bind(tirx.min(unit_number + 1, share - 1))
                     if has_mailboxes and chunk_units < share and meets:
                         begins = following % chunk_units == 0
-                        when(begins, functools.partial(self.await_chunk, stage, following // chunk_units))
+                        when(begins, functools.partial(self.stream.await_chunk, stage, following // chunk_units))
                     load_weights(following, (number + 1) % 2)
                 self.multiply_unit(stage, acc, weights[number % 2], pixels[parity], row)
                 if in_ring and (meets or ends):
                     left = tirx.any((unit_number + 1) % chunk_units == 0, unit_number == share - 1)
-                    when(left, functools.partial(self.leave_chunk, stage, unit_number // chunk_units))
+                    when(left, functools.partial(self.stream.leave_chunk, stage, unit_number // chunk_units))
 
         if has_mailboxes:
-            self.await_chunk(stage, 0)
+            self.stream.await_chunk(stage, 0)
         load_weights(0, 0)
         load_pixels(0, 0)
         if windows > 1:

@@ -16,7 +16,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tdc_tvm.schedules.cuda.chain import Buffers, Chain
+from tdc_tvm.schedules.cuda.block import Buffers
+from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
 from tdc_tvm.schedules.cuda.plan import UNITS, Number, Part, round_up
 from tdc_tvm.schedules.device import DeviceSpec
