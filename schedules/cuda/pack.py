@@ -32,7 +32,7 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
         else:
             read = slice(rank * channels, (rank + 1) * channels)
         part_of = kernel[own, :, read]
-        matrix = np.zeros((part_of.shape[0], taps, channels), np.float32)
+        matrix: np.ndarray = np.zeros((part_of.shape[0], taps, channels), np.float32)
         matrix[:, :, : part_of.shape[2]] = part_of
         if part.rows_kept(stage) > 1:
             # The rows of the window come last.
