@@ -1,9 +1,11 @@
 """Run CUDA kernels on the CPU: generated source is compiled as C++, and a cluster's threads become fibers.
 
-A fiber runs until it must wait for others, so a missing barrier shows as a wrong result, and a
-barrier that only some threads reach as an error.  Shared memory starts as NaN in each block.  The
-device functions of `tdc_tvm.schedules.cuda.intrinsics` have portable definitions here; a product on
-tensor cores is computed when all 32 lanes of a warp have brought their registers.
+The device functions of `tdc_tvm.schedules.cuda.intrinsics` have portable definitions here; a product
+on tensor cores is computed when all 32 lanes of a warp have brought their registers.  What hardware
+leaves open is drawn at random, from a seed: some warps run far ahead of others and stop anywhere,
+asynchronous copies arrive at once or not before something waits for them, in any order.  Shared
+memory starts as NaN and becomes NaN when its block has ended.  So a missing barrier shows as a wrong
+result, and a wait for what never comes, or a copy that nothing waits for, as an error.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,15 @@ from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 
 CALLBACK = "tvm_callback_cuda_compile"
 SHARED_BYTES = 228 * 1024
+# By bit of what a run returns.
+FAULTS = (
+    "some threads wait for what never comes",
+    "a copy was never waited for",
+    "more arrivals at a mailbox than it was opened for",
+    "a misaligned or empty bulk copy",
+    "cluster barriers are not paired",
+    "a block ended before a bulk copy from or to it",
+)
 
 PRELUDE = """
 #define TDC_EMULATED
@@ -33,6 +44,7 @@ PRELUDE = """
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <ucontext.h>
 #include <vector>
@@ -64,7 +76,16 @@ struct Index { int x; };
 static Index blockIdx, threadIdx;
 
 enum State { READY, AT_BARRIER, AT_WARP, AT_CLUSTER, DONE };
-struct Fiber { ucontext_t context; std::vector<char> stack; State state; int block, thread, phase; };
+struct Copy { float* to; const void* from; bool valid, done; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state;
+  int block, thread, phase;
+  std::deque<std::vector<Copy>> groups;  // committed copies, by group
+  std::vector<Copy> copies;
+};
+struct BulkCopy { float* to; const float* from; int bytes, box, rank, source; bool done; };
 struct Warp {
   int arrived = 0;
   unsigned generation = 0;
@@ -78,6 +99,22 @@ static std::vector<float> shared_memory;
 static Fiber* self;
 static int threads_of_block, cluster_arrived, cluster_phase;
 static long progress;
+static int faults;
+static std::vector<BulkCopy> bulk_copies;
+static uint64_t random_state;
+static bool one_in(unsigned n) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return unsigned(random_state >> 11) % n == 0;
+}
+static unsigned draw(unsigned n) {
+  one_in(1);
+  return unsigned(random_state >> 11) % n;
+}
+// What the caller is told: threads that wait for ever are 1.
+enum Fault { LEFT_COPY = 2, BAD_ARRIVAL = 4, MISALIGNED = 8, UNPAIRED = 16, LEFT_BULK_COPY = 32 };
+static void expect(bool holds, Fault fault) { if (!holds) faults |= fault; }
 static void (*body)(void**);
 static void** arguments;
 
@@ -87,26 +124,50 @@ static void wait_as(State state) {
   Fiber* mine = self;
   swapcontext(&mine->context, &scheduler);
 }
+static void maybe_stop(unsigned n) {
+  if (!one_in(n)) return;
+  ++progress;
+  wait_as(READY);
+}
 static void __syncthreads() { wait_as(AT_BARRIER); }
 static void enter() {
   body(arguments);
   self->state = DONE;
 }
 
-static void tdc_move1(void* to, const void* from) { memcpy(to, from, 4); }
-static void tdc_move2(void* to, const void* from) { memcpy(to, from, 8); }
-static void tdc_move4(void* to, const void* from) { memcpy(to, from, 16); }
+static void tdc_move1(void* to, const void* from) { maybe_stop(16); memcpy(to, from, 4); }
+static void tdc_move2(void* to, const void* from) { maybe_stop(16); memcpy(to, from, 8); }
+static void tdc_move4(void* to, const void* from) { maybe_stop(16); memcpy(to, from, 16); }
 static void tdc_load(float* to, const void* from, bool valid) {
   if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }
 // Addresses as PTX counts them.
 static int tdc_base(const void* start) { return (const char*)start - (const char*)shared_of(self->block); }
 static float* at(int address, int block) { return shared_of(block) + address / 4; }
-static void tdc_copy(int to, const void* from, bool valid) { tdc_load(at(to, self->block), from, valid); }
-static void tdc_commit() {}
-static void tdc_await0() {}
-static void tdc_await1() {}
-static void tdc_await2() {}
+static void finish(Copy& copy) {
+  if (!copy.done) tdc_load(copy.to, copy.from, copy.valid);
+  copy.done = true;
+}
+static void tdc_copy(int to, const void* from, bool valid) {
+  maybe_stop(8);
+  self->copies.push_back({at(to, self->block), from, valid, false});
+  if (one_in(3)) finish(self->copies.back());
+}
+static void tdc_commit() {
+  self->groups.push_back(std::move(self->copies));
+  self->copies.clear();
+}
+static void await_groups(size_t pending) {
+  maybe_stop(4);
+  for (; self->groups.size() > pending; self->groups.pop_front())
+    for (Copy& copy : self->groups.front()) finish(copy);
+  for (auto& group : self->groups)
+    for (Copy& copy : group)
+      if (one_in(3)) finish(copy);
+}
+static void tdc_await0() { await_groups(0); }
+static void tdc_await1() { await_groups(1); }
+static void tdc_await2() { await_groups(2); }
 static void tdc_launch_dependents() {}
 static void tdc_wait_for_dependencies() {}
 template <class T> static void gather(float* to, const void* from, int count) {
@@ -188,6 +249,8 @@ MMA(float16, half)
 MMA(bfloat16, nv_bfloat16)
 MMA(float32, float)
 static void tdc_cluster_arrive() {
+  maybe_stop(2);
+  expect(self->phase < 0, UNPAIRED);
   self->phase = cluster_phase;
   if (++cluster_arrived == int(fibers.size())) {
     cluster_arrived = 0;
@@ -196,7 +259,9 @@ static void tdc_cluster_arrive() {
   }
 }
 static void tdc_cluster_wait() {
+  expect(self->phase >= 0, UNPAIRED);
   while (cluster_phase == self->phase) wait_as(AT_CLUSTER);
+  self->phase = -1;
 }
 // A phase is over when all have arrived and all expected bytes have come, in any order.
 struct Mailbox { int missing; uint8_t arrivals, waiting; uint16_t phase; };
@@ -210,33 +275,56 @@ static void settle(Mailbox& box) {
 static void tdc_mailbox_open(int box, int arrivals) {
   mailbox(box, self->block) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
 }
+static void arrive(Mailbox& box, int bytes) {
+  expect(box.waiting > 0, BAD_ARRIVAL);
+  box.missing += bytes;
+  box.waiting -= 1;
+  settle(box);
+}
 static void tdc_mailbox_expect(int box, int bytes) {
-  Mailbox& mine = mailbox(box, self->block);
-  mine.missing += bytes;
-  mine.waiting -= 1;
-  settle(mine);
+  maybe_stop(2);
+  arrive(mailbox(box, self->block), bytes);
 }
 static void tdc_mailbox_arrive(int box) {
   __syncwarp();
-  if (self->thread % 32) return;
-  mailbox(box, self->block).waiting -= 1;
-  settle(mailbox(box, self->block));
+  maybe_stop(2);
+  if (self->thread % 32 == 0) arrive(mailbox(box, self->block), 0);
 }
 static void tdc_mailbox_wait(int box, int parity) {
+  maybe_stop(3);
   while (mailbox(box, self->block).phase % 2 == parity) wait_as(AT_CLUSTER);
 }
+static void finish(BulkCopy& copy) {
+  if (!copy.done) memcpy(copy.to, copy.from, copy.bytes);
+  copy.done = true;
+}
+static void begin(float* to, const float* from, int bytes, int box, int rank) {
+  maybe_stop(2);
+  bool aligned = uintptr_t(from) % 16 == 0 && (to - shared_of(rank)) % 4 == 0 && bytes % 16 == 0 && box % 8 == 0;
+  expect(aligned && bytes > 0, MISALIGNED);
+  bulk_copies.push_back({to, from, bytes, box, rank, self->block, false});
+  if (one_in(3)) finish(bulk_copies.back());  // the data; the mailbox hears of it later
+  ++progress;
+}
 static void tdc_send(int from, int to, int box, int rank, int bytes) {
-  memcpy(at(to, rank), at(from, self->block), bytes);
-  mailbox(box, rank).missing -= bytes;
-  settle(mailbox(box, rank));
+  begin(at(to, rank), at(from, self->block), bytes, box, rank);
 }
 static void tdc_fetch(int to, const void* from, int bytes, int box) {
-  memcpy(at(to, self->block), from, bytes);
-  mailbox(box, self->block).missing -= bytes;
-  settle(mailbox(box, self->block));
+  begin(at(to, self->block), (const float*)from, bytes, box, self->block);
+}
+static void complete_a_bulk_copy() {
+  std::swap(bulk_copies[draw(bulk_copies.size())], bulk_copies.back());
+  BulkCopy copy = bulk_copies.back();
+  bulk_copies.pop_back();
+  finish(copy);
+  Mailbox& box = mailbox(copy.box, copy.rank);
+  expect(box.arrivals > 0, BAD_ARRIVAL);
+  box.missing -= copy.bytes;
+  settle(box);
 }
 static void tdc_fence_copies() {}
 
+static unsigned copy_steps;  // of the scheduler, until a bulk copy is complete, about
 static int run_cluster(int first_block, int blocks) {
   std::fill(shared_memory.begin(), shared_memory.end(), std::numeric_limits<float>::quiet_NaN());
   std::fill(warps.begin(), warps.end(), Warp());
@@ -246,6 +334,9 @@ static int run_cluster(int first_block, int blocks) {
     fiber.state = READY;
     fiber.block = i / threads_of_block;
     fiber.thread = i % threads_of_block;
+    fiber.phase = -1;
+    fiber.groups.clear();
+    fiber.copies.clear();
     fiber.stack.resize(64 * 1024);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -253,43 +344,69 @@ static int run_cluster(int first_block, int blocks) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
-  for (size_t done = 0; done < fibers.size();) {
+  bulk_copies.clear();
+  int warp_count = fibers.size() / 32, alive = fibers.size();
+  std::vector<bool> ended(blocks);
+  std::vector<int> speeds(warp_count);
+  long idle = 0;
+  for (long step = 0; alive > 0; ++step) {
+    if (step % 64 == 0)
+      for (int& speed : speeds) speed = one_in(3) ? 0 : 1 + draw(8);
     long before = progress;
-    done = 0;
-    for (Fiber& fiber : fibers) {
-      if (fiber.state != DONE && fiber.state != AT_BARRIER) {
-        progress += fiber.state == READY;
+    int warp = draw(warp_count);
+    for (int turns = speeds[warp] + one_in(8); turns > 0; --turns)
+      for (unsigned lane = 0, first = draw(32); lane < 32; ++lane) {
+        Fiber& fiber = fibers[warp * 32 + (lane + first) % 32];
+        if (fiber.state == DONE || fiber.state == AT_BARRIER) continue;
         self = &fiber;
         blockIdx.x = first_block + fiber.block;
         threadIdx.x = fiber.thread;
         swapcontext(&scheduler, &fiber.context);
+        if (fiber.state != DONE) continue;
+        --alive;
+        ++progress;
       }
-      done += fiber.state == DONE;
-    }
     for (int block = 0; block < blocks; ++block) {
       Fiber* first = &fibers[block * threads_of_block];
-      auto waits = [](const Fiber& fiber) { return fiber.state == AT_BARRIER; };
-      if (std::all_of(first, first + threads_of_block, waits))
+      auto all = [&](State state) {
+        return std::all_of(first, first + threads_of_block, [=](const Fiber& fiber) { return fiber.state == state; });
+      };
+      if (all(AT_BARRIER)) {
         for (int thread = 0; thread < threads_of_block; ++thread) first[thread].state = READY;
+        ++progress;
+      }
+      if (ended[block] || !all(DONE)) continue;
+      ended[block] = true;
+      for (const BulkCopy& copy : bulk_copies) expect(copy.source != block && copy.rank != block, LEFT_BULK_COPY);
+      float* shared = shared_of(block);
+      std::fill(shared, shared + SHARED_BYTES / 4, std::numeric_limits<float>::quiet_NaN());
     }
-    if (progress == before && done < fibers.size()) {
-      bool released = false;
-      for (Fiber& fiber : fibers) released |= fiber.state == READY;
-      if (!released) return 1;
-    }
+    if (!bulk_copies.empty() && one_in(copy_steps)) complete_a_bulk_copy();
+    idle = progress == before ? idle + 1 : 0;
+    if (idle < 40L * warp_count + 4000) continue;
+    if (bulk_copies.empty()) return 1;
+    complete_a_bulk_copy();
+    idle = 0;
   }
+  for (Fiber& fiber : fibers)
+    for (auto& group : fiber.groups)
+      for (Copy& copy : group) expect(copy.done, LEFT_COPY);
   return 0;
 }
 static int run(void (*kernel)(void**), void** args, int blocks, int cluster, int threads) {
   body = kernel;
   arguments = args;
+  faults = 0;
+  static uint64_t runs = 0;
+  random_state = 0x9e3779b97f4a7c15 * ++runs;
+  copy_steps = 1u << draw(8);
   threads_of_block = threads;
   fibers.resize(cluster * threads);
   warps.resize((cluster * threads + 31) / 32);
   shared_memory.resize(size_t(cluster) * (SHARED_BYTES / 4));
   for (int block = 0; block < blocks; block += cluster)
-    if (run_cluster(block, cluster)) return 1;
-  return 0;
+    if (run_cluster(block, cluster)) return faults | 1;
+  return faults;
 }
 """
 
@@ -322,10 +439,12 @@ def cuda_source(functions: dict[str, tirx.PrimFunc], arch: str = "sm_90") -> str
 
 
 class Emulator:
-    """Kernels that can be called with NumPy arrays."""
+    """Kernels that can be called with NumPy arrays; ``edit`` can change their source."""
 
-    def __init__(self, functions: dict[str, tirx.PrimFunc], folder: Path):
-        source = cuda_source(functions)
+    def __init__(
+        self, functions: dict[str, tirx.PrimFunc], folder: Path, edit: Callable[[str], str] = lambda source: source
+    ):
+        source = edit(cuda_source(functions))
         # What stands before the kernels is for NVIDIA's compiler, or is defined above.
         source = source[source.index('extern "C" __global__') :]
         source = re.sub(
@@ -362,5 +481,6 @@ class Emulator:
         by_name = dict(zip(names, arrays, strict=True))
         for kernel, params, launch in self.kernels[name]:
             pointers = [by_name[param].ctypes.data_as(ctypes.c_void_p) for param in params]
-            diverged = self.library[f"run_{kernel}"]((ctypes.c_void_p * len(pointers))(*pointers), *launch)
-            assert not diverged, f"{kernel}: some threads wait for others that never come"
+            faults = self.library[f"run_{kernel}"]((ctypes.c_void_p * len(pointers))(*pointers), *launch)
+            found = [text for bit, text in enumerate(FAULTS) if faults >> bit & 1]
+            assert not found, f"{kernel}: {'; '.join(found)}"

@@ -74,7 +74,7 @@ def kernel_for(shape, config=None, epilogue=PLAIN, device=H100, bias=True):
     return conv.make_kernel(shape, epilogue, weights_for(shape, bias), config, device, "conv")
 
 
-def emulate(tmp_path, runs):
+def emulate(tmp_path, runs, edit=lambda source: source):
     """Run (case, config, device) triples; the errors and their limits."""
     functions, data = {}, {}
     for index, (case, config, device) in enumerate(runs):
@@ -85,7 +85,7 @@ def emulate(tmp_path, runs):
         inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
         between = [np.full(extents, np.nan, x.dtype) for extents in kernel.between]
         data[f"case{index}"] = inputs, between, gpu_check.reference(case, x, weights, residual), case, config
-    emulator = Emulator(functions, tmp_path)
+    emulator = Emulator(functions, tmp_path, edit)
     failures = []
     for name, (inputs, between, expected, case, config) in data.items():
         out = np.full(expected.shape, np.nan, inputs[0].dtype)
@@ -235,6 +235,41 @@ def test_weights_go_through_a_ring(tmp_path, precision):
     assert {part.split > 1 for part, i in stages} == {False, True}
     assert any(part.tiles_of_work(i)[0] * part.tiles_of_work(i)[1] < part.warps for part, i in stages)
     assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize(
+    ("statement", "instead"),
+    [
+        ("tdc_await0();", ";"),
+        ("__syncthreads();", ";"),
+        ("tdc_mailbox_wait(", "(void)("),
+        ("tdc_cluster_wait();", ";"),
+        ("tdc_mailbox_arrive(", "(void)("),
+    ],
+)
+def test_the_emulator_sees_what_is_missing(tmp_path, statement, instead):
+    """A test of the tests: each way to wait for others is left out of a cluster with a ring."""
+    device = replace(H100, core_count=2, smem_per_block_optin_bytes=96 * 1024)
+    dense = Conv2dShape(1, 8, 8, 64, 96, (3, 3), padding=SAME)
+    case = gpu_check.Case(TuckerConvShape(dense, 48, 96), Epilogue(), (True, True, True))
+    run = (case, config_of("cluster", (2, 4, 2, 3)), device)
+    (part,) = parts_of(case.shape, run[1], device)
+    assert any(part.placement.ring)
+    assert part.rounds > 1
+
+    left_out = []
+
+    def edit(source):
+        begin = source.index('extern "C" __global__')
+        left_out.append(source[begin:].count(statement))
+        return source[:begin] + source[begin:].replace(statement, instead)
+
+    try:
+        failures = emulate(tmp_path, [run], edit)
+    except AssertionError as fault:
+        failures = [str(fault)]
+    assert left_out[0]
+    assert failures
 
 
 def test_weights_that_do_not_fit_into_shared_memory_are_read_from_global_memory(tmp_path):
