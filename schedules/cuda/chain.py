@@ -171,8 +171,7 @@ class Chain(Block):
         part, bias = self.part, self.buffers.biases[stage]
         if bias is not None:
             count = part.slice_channels(stage)
-            is_sliced = len(part.stages) == 1 or stage < part.core_index
-            bias_start = T.Bind(self.rank * count) if is_sliced else 0
+            bias_start = T.Bind(self.rank * count) if part.has_own_channels(stage) else 0
 
             def copy_bias(vector: ir.Expr) -> None:
                 to, from_ = self.at(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
@@ -267,7 +266,6 @@ class Chain(Block):
         part, unit, work = self.part, self.unit, self.part.works[stage]
         channel_tiles, pixel_tiles = part.tiles_of_work(stage)
         items, groups = channel_tiles * pixel_tiles, part.warps // work.splits
-        rounds = ceil_div(items, groups)
         acc = local(self.sums(stage))
         # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
         starts = local(work.columns, "int32")
@@ -275,7 +273,7 @@ class Chain(Block):
         rows, columns = local(work.columns, "int32"), local(work.columns, "int32")
         split = T.Bind(self.warp // groups)
         done = self.put_sums if part.is_cluster and stage == part.core_index else self.finish
-        with T.serial(rounds) as i:
+        with T.serial(part.turns_of_work(stage)) as i:
             item = T.Bind(i * groups + self.warp % groups)
 
             def compute() -> None:

@@ -127,11 +127,10 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
-        rounds = ceil_div(items, part.warps // work.splits)
         products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
         busy = items * work.splits * share * larger(loads * load_cycles, products * product_cycles)
         unit_cycles = c.wait_cycles + products * c.issue_cycles
-        alone = rounds * (share * unit_cycles + c.item_cycles)
+        alone = part.turns_of_work(i) * (share * unit_cycles + c.item_cycles)
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.

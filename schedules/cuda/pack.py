@@ -27,7 +27,7 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     for rank in range(blocks):
         # Those of the channels that this block computes, or of the channels that it has.
         own, read = slice(None), slice(None)
-        if len(part.stages) == 1 or stage < part.core_index:
+        if part.has_own_channels(stage):
             own = slice(rank * part.slice_channels(stage), (rank + 1) * part.slice_channels(stage))
         else:
             read = slice(rank * channels, (rank + 1) * channels)
@@ -59,9 +59,7 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
 def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
     """Fill up a bias with zeros; FP32."""
     channels = part.slice_channels(stage)
-    # The core's sums are complete in the block that adds them up.
-    is_whole = len(part.stages) > 1 and stage >= part.core_index
-    padded = np.zeros(channels if is_whole else part.split * channels, np.float32)
+    padded = np.zeros(channels * (part.split if part.has_own_channels(stage) else 1), np.float32)
     padded[: bias.size] = bias
     return padded
 

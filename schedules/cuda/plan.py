@@ -304,7 +304,11 @@ class Part:
 
     def is_sliced(self, stage: int) -> bool:
         """Whether each of the blocks that share a tile has weights of its own."""
-        return len(self.stages) == 1 or stage <= self.core_index
+        return self.has_own_channels(stage) or stage == self.core_index
+
+    def has_own_channels(self, stage: int) -> bool:
+        """Whether each of them computes channels of its own; of a cluster's core it computes a part of the sums."""
+        return len(self.stages) == 1 or stage < self.core_index
 
     @of_stage
     def in_channels(self, stage: int) -> Number:

@@ -130,12 +130,14 @@ class WeightStream:
         with T.If(tirx.all(on_duty, number >= 1, next_ < total)), T.Then():
             # All warps have left it, once for each time that it was filled.
             run("tdc_mailbox_wait", self.block.at(self.mailboxes(stage, slot)[1]), (number - 1) // slots % 2)
-            within = T.Bind(next_ % self.ring_chunks)
-            for other, first in enumerate(self.first_chunk):
-                if not self.part.placement.ring[other]:
-                    continue
-                inside = tirx.all(within >= first, within < first + self.part.chunks(other))
-                when(inside, lambda: self.fetch(other, within - first, slot))  # noqa: B023 (called at once)
+            self.refill(T.Bind(next_ % self.ring_chunks), slot)
+
+    def refill(self, within: ir.Expr, slot: ir.Expr) -> None:
+        """Fetch a chunk by its number among those of a tile that go through the ring."""
+        for stage, first in enumerate(self.first_chunk):
+            if self.part.placement.ring[stage]:
+                inside = tirx.all(within >= first, within < first + self.part.chunks(stage))
+                when(inside, functools.partial(self.fetch, stage, within - first, slot))
 
     def pass_chunks(self, stage: int) -> None:
         """What a warp without a tile does for the ring to go on."""
