@@ -6,6 +6,7 @@ operands are words too; only the product looks at what they mean.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -114,3 +115,10 @@ class Block:
         with T.serial(trips, unroll=min(8, trips)) as trip:
             item = T.Bind(trip * threads + self.thread)
             when(all_of(item < count if count % threads else True), lambda: body(item))
+
+    def each_warp(self, count: int, body: Callable[[ir.Expr], None]) -> None:
+        """The same, but neighbouring items go to different warps: for what a warp's threads do one after the other."""
+        place = T.Bind(self.lane * self.part.warps + self.warp)
+        for begin in range(0, count, self.part.threads):
+            item = T.Bind(begin + place)
+            when(item < count, functools.partial(body, item))

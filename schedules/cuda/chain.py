@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, ramp, unrolled, when
+from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, clip, run
+from tdc_tvm.schedules.cuda.operands import Pixels, Weights
 from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
 from tdc_tvm.schedules.cuda.stream import WeightStream
 from tdc_tvm.schedules.shape import Epilogue
 
-# Pairs of units of depth in the body of the loop over them.
-_UNROLL = 2
+# Pairs of steps in the body of the loop over them, and most instructions: those of a few thousand are not in the
+# instruction cache when they are wanted.
+_UNROLL, _MOST_UNROLLED = 2, 2400
 
 
 @dataclass
@@ -49,18 +51,19 @@ class Chain(Block):
         super().__init__(part, buffers)
         self.epilogue = epilogue
         self.last = part.last
-        # Mailboxes and biases come first.
-        places, at = [], part.bias_at(len(part.stages))
+        # What bulk copies move comes first.  Sums that are sent, by group of pixels, and received, by sender.
+        self.outbox_at, self.inbox_at = 0, part.exchange_words // 2
+        self.stream = WeightStream(self, part.exchange_words)
+        self.box_at, at = self.stream.end, self.stream.end + part.mailbox_words
+        self.bias_at, self.input_at = [], []
         for stage in range(len(part.stages)):
-            places.append(at)
+            self.bias_at.append(at)
+            at += part.slice_channels(stage)
+        for stage in range(len(part.stages)):
+            self.input_at.append(at)
             at += part.input_words(stage)
-        self.input_at, self.scratch_at = places, at
-        at += part.scratch_words
-        # Sums that are sent, by group of pixels, and received, by sender.
-        self.outbox_at, self.inbox_at = at, at + part.exchange_words // 2
-        at += part.exchange_words
-        self.stream = WeightStream(self, at)
-        assert 4 * self.stream.end == part.smem_bytes
+        self.scratch_at = at
+        assert 4 * (at + part.scratch_words) == part.smem_bytes
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
         """Emit the kernel's body.
@@ -78,7 +81,7 @@ class Chain(Block):
         early = range(late.start)
         if part.is_cluster:
             with T.If(thread == 0), T.Then():
-                run("tdc_mailbox_open", self.at(0), 1)
+                run("tdc_mailbox_open", self.at(self.box_at), 1)
         if part.has_bulk_copies:
             self.stream.open_mailboxes()
             run("tdc_fence_copies")
@@ -149,7 +152,7 @@ class Chain(Block):
 
     def exchange(self) -> None:
         """Send sums of the core to the blocks that finish them, and finish those of this block's pixels."""
-        part, stage, box = self.part, self.part.core_index, self.at(0)
+        part, stage, box = self.part, self.part.core_index, self.at(self.box_at)
         pitch, group = part.scratch_pitch(stage), part.group_pixels
 
         def bytes_of(rank: ir.Expr) -> ir.Expr:
@@ -174,7 +177,7 @@ class Chain(Block):
             bias_start = T.Bind(self.rank * count) if part.has_own_channels(stage) else 0
 
             def copy_bias(vector: ir.Expr) -> None:
-                to, from_ = self.at(part.bias_at(stage) + vector * 4), address(bias, bias_start + vector * 4)
+                to, from_ = self.at(self.bias_at[stage] + vector * 4), address(bias, bias_start + vector * 4)
                 run("tdc_copy", to, from_, tirx.const(True, "bool"))
 
             self.each(count // 4, copy_bias)
@@ -365,95 +368,48 @@ class Chain(Block):
         self, stage: int, acc: tirx.Buffer, places: Sequence[tirx.Buffer], split: ir.Expr, channel_tile: ir.Expr
     ) -> None:
         """Add one part of the depth to the sums of one warp tile."""
-        starts, rows, columns = places
-        part, unit, work = self.part, self.unit, self.part.works[stage]
-        conv, share = part.stages[stage], part.share(stage)
-        units, steps = part.depth_units(stage), share * work.splits
-        per_tap = part.in_channels(stage) // unit.depth
-        lane = self.lane if unit.weight_lanes == WARP else self.lane % unit.weight_lanes
-        chunk_units, place = part.chunk_units(stage), part.placement
-        in_ring, is_shared = place.ring[stage], place.ring[stage] or place.resident[stage]
-        has_mailboxes = is_shared and part.has_bulk_copies
-        unit_vectors, kept = work.rows * unit.weight_lanes, part.rows_kept(stage)
-        # Within a chunk.
-        first = T.Bind((channel_tile * work.splits + split) * (chunk_units * unit_vectors) + lane)
-        # Two sets of operands: one is loaded while the other is multiplied.
-        weights = [local(4 * work.rows) for _ in range(min(2, share))]
-        pixels = [local(4 * (work.columns + kept - 1)) for _ in range(min(2, share // kept))]
-
-        def load_weights(i: ir.Expr | int, number: int) -> None:
-            a = weights[number]
-            chunk, within = (i // chunk_units, i % chunk_units) if chunk_units < share else (0, i)
-            if is_shared:
-                at = T.Bind(self.stream.chunk_at(stage, self.stream.place_of(stage, chunk)[0]))
-            with unrolled(work.rows) as row:
-                vector = first + within * unit_vectors + row * unit.weight_lanes
-                if is_shared:
-                    T.buffer_store(a, self.shared[ramp(at + vector * 4, 4)], [ramp(row * 4, 4)])
-                else:
-                    start = self.stream.own_weights(stage) + chunk * part.chunk_vectors(stage) + vector
-                    from_ = address(self.buffers.weights[stage], start * unit.vector)
-                    run("tdc_load", address(a, row * 4), from_, tirx.const(True, "bool"))
-
-        def load_pixels(i: ir.Expr | int, number: int) -> None:
-            """Those of a unit, or of as many units as rows of the window are kept."""
-            b = pixels[number]
-            step = split * (share // kept) + i if work.splits > 1 else i
-            # Behind the end the weights are zero, and the pixels those of the last step.
-            step = tirx.min(step, units // kept - 1) if steps > units else step
-            tap = step // per_tap
-            y = tap // conv.kernel[1] * conv.dilation[0] if kept == 1 else 0
-            x = tap % conv.kernel[1] * conv.dilation[1]
-            # In shared memory, from where a pixel begins, in vectors.
-            at, pitch = step % per_tap * unit.chunks + self.chunk_lane(), part.pitch(stage) // 4
-            if conv.kernel != (1, 1):
-                at = at + (y * part.halo[1] + x) * pitch
-            with unrolled(work.columns + kept - 1) as j:
-                if part.input_words(stage):
-                    start = starts[j] if kept == 1 else starts[0] + j * (part.halo[1] * pitch)
-                    T.buffer_store(b, self.shared[ramp((start + at) * 4, 4)], [ramp(j * 4, 4)])
-                elif self.reads_padding(stage):
-                    row, column = rows[j] + y, columns[j] + x
-                    inside = tirx.all(row >= 0, row < conv.height, column >= 0, column < conv.width)
-                    start = starts[j] + (y * conv.width + x) * part.in_width
-                    self.load_input(b, j, start, step % per_tap * unit.depth, inside)
-                else:
-                    self.load_input(b, j, starts[j], step * unit.depth, tirx.const(True, "bool"))
-
+        work, kept, share = self.part.works[stage], self.part.rows_kept(stage), self.part.share(stage)
         windows, meetings = share // kept, kept + (kept == 1)
+        weights, pixels = Weights(self, stage, channel_tile, split), Pixels(self, stage, places, split)
+        # Two sets of operands: one is loaded while the other is multiplied.
+        a = [local(4 * work.rows) for _ in range(min(2, share))]
+        b = [local(4 * pixels.count) for _ in range(min(2, windows))]
 
         def turn(i: ir.Expr, parity: int, is_last: bool) -> None:
             """Multiply as many units as rows are kept, whose operands are loaded, and load those that follow."""
             for row in range(kept):
+                number, begins = parity * kept + row, False
                 if row == kept // 2 and not is_last:
-                    load_pixels(T.Bind(tirx.min(i + 1, windows - 1)), 1 - parity)
-                number, unit_number, ends = parity * kept + row, i * kept + row, is_last and row == kept - 1
-                meets = chunk_units == 1 or (number + 1) % meetings == 0
-                if not ends:
-                    following = T.Bind(tirx.min(unit_number + 1, share - 1))
-                    if has_mailboxes and chunk_units < share and meets:
-                        begins = following % chunk_units == 0
-                        when(begins, functools.partial(self.stream.await_chunk, stage, following // chunk_units))
-                    load_weights(following, (number + 1) % 2)
-                self.multiply_unit(stage, acc, weights[number % 2], pixels[parity], row)
-                if in_ring and (meets or ends):
-                    left = tirx.any((unit_number + 1) % chunk_units == 0, unit_number == share - 1)
-                    when(left, functools.partial(self.stream.leave_chunk, stage, unit_number // chunk_units))
+                    pixels.follow(b[1 - parity], i + 1)
+                if not (is_last and row == kept - 1):
+                    meets = self.part.chunk_units(stage) == 1 or (number + 1) % meetings == 0
+                    begins = weights.follow(a[(number + 1) % 2], i * kept + row + 1, meets)
+                self.multiply_unit(stage, acc, a[number % 2], b[parity], row)
+                weights.leave(begins)
 
-        if has_mailboxes:
-            self.stream.await_chunk(stage, 0)
-        load_weights(0, 0)
-        load_pixels(0, 0)
+        weights.begin(a[0])
+        pixels.begin(b[0])
         if windows > 1:
-            with T.serial(windows // 2, unroll=min(_UNROLL if kept == 1 else 1, windows // 2)) as pair:
+            with T.serial(windows // 2, unroll=self.unrolled_pairs(stage, windows // 2)) as pair:
                 turn(pair * 2, 0, False)
                 turn(pair * 2 + 1, 1, False)
         if windows % 2:
             turn(tirx.const(windows - 1, "int32"), 0, True)
+        weights.end()
         half = self.sums(stage) // 2
         if half == work.rows * work.columns * 2:
             with unrolled(half) as i:
                 T.buffer_store(acc, acc[i] + acc[half + i], [i])
+
+    def unrolled_pairs(self, stage: int, pairs: int) -> int | bool:
+        """How many pairs of steps of a stage the CUDA compiler unrolls; False for none."""
+        work, kept = self.part.works[stage], self.part.rows_kept(stage)
+        if kept == 1:
+            return _UNROLL if pairs >= 2 * _UNROLL else False
+        products = work.rows * work.columns * (4 if self.unit.name == "fma" else 1)
+        most = max(1, _MOST_UNROLLED // (2 * kept * products))
+        found = max(count for count in range(1, pairs + 1) if pairs % count == 0 and count <= most)
+        return found if found > 1 else False
 
     def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr, inside: ir.Expr) -> None:
         """Read one vector of the input from global memory, zeros if it is not inside."""
@@ -531,7 +487,9 @@ class Chain(Block):
 
     def put_sums(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Put a block's part of the core's sums where `exchange` sends them from."""
-        self.put(stage, self.outbox_at, pixel, channel, values)
+        part = self.part
+        filled_up = part.group_words - part.group_pixels * part.scratch_pitch(stage)
+        self.put(stage, self.outbox_at + pixel // part.group_pixels * filled_up, pixel, channel, values)
 
     def put(self, stage: int, start: int, row: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Store a lane's sums, one row for each pixel."""
@@ -572,7 +530,7 @@ class Chain(Block):
         part, rows = self.part, self.part.works[stage].rows
         if self.buffers.biases[stage] is not None:
             with unrolled(rows) as row:
-                bias = self.shared[part.bias_at(stage) + channel + row]
+                bias = self.shared[self.bias_at[stage] + channel + row]
                 T.buffer_store(values, values[row] + bias, [row])
         if stage == self.last:
             if len(part.stages) == 1 and part.split > 1:

@@ -138,6 +138,8 @@ def _emit_kernel(chain: Chain, name: str) -> None:
         if part.is_cluster:
             frames.enter_context(T.thread_binding(part.split, thread="clusterCtaIdx.x"))
         thread = frames.enter_context(T.thread_binding(part.threads, thread="threadIdx.x"))
+        # Else ptxas stops at 128 registers where more would fit.
+        frames.enter_context(T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", min(2, part.resident)))
         frames.enter_context(T.sblock(name))
         read = [buffers.x, *buffers.weights, *(b for b in (*buffers.biases, buffers.residual) if b is not None)]
         T.reads(*(_whole(buffer) for buffer in read))

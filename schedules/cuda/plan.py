@@ -492,7 +492,7 @@ class Part:
         least = smaller(larger(_LEAST_SLOTS, ceil_div(_LEAST_BYTES, 16 * slot)), chunks)
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
-        is_short = self.tile_count * self.split <= self.device.core_count
+        is_short = (self.tile_count * self.split <= self.device.core_count) & (self.most_resident > 1)
         halved = is_short & (smaller(sum(sizes), least * slot + others) <= half)
         room = halved * half + (1 - halved) * room
         whole = sum(sizes) <= room
@@ -517,22 +517,20 @@ class Part:
     @property
     def group_words(self) -> Number:
         """Shared memory of the core's sums for the pixels that one block of a cluster finishes."""
-        return self.group_pixels * self.scratch_pitch(self.core_index)
+        # Bulk copies want both ends at the same place of a row of banks.
+        return round_up(self.group_pixels * self.scratch_pitch(self.core_index), 32)
 
     @property
     def exchange_words(self) -> Number:
         """Shared memory of sums that are sent and received."""
         return self.is_cluster * 2 * self.split * self.group_words
 
-    def bias_at(self, stage: int) -> Number:
-        """Where a stage's biases lie in shared memory, behind the mailboxes."""
-        return self.mailbox_words + sum(self.slice_channels(i) for i in range(stage))
-
     @functools.cached_property
     def other_words(self) -> Number:
         """Shared memory without weights and the kernel's input."""
         handed_on = sum(self.input_words(i) for i in range(1, len(self.stages)))
-        return self.bias_at(len(self.stages)) + self.scratch_words + self.exchange_words + handed_on
+        biases = sum(map(self.slice_channels, range(len(self.stages))))
+        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on
 
     @functools.cached_property
     def fixed_words(self) -> Number:
@@ -554,16 +552,19 @@ class Part:
     @functools.cached_property
     def resident(self) -> Number:
         """Blocks that a processor holds at the same time, as far as shared memory, registers and threads allow."""
-        return self._resident_of(self.smem_bytes)
+        return larger(1, self._resident_of(self.smem_bytes))
 
     def _resident_of(self, smem_bytes: Number) -> Number:
         # Each block takes 1 KB besides (CUDA C++ Programming Guide, shared memory of compute capability 8.x and 9.0).
-        by_smem = (self.device.smem_per_block_optin_bytes + 1024) // (smem_bytes + 1024)
+        return smaller((self.device.smem_per_block_optin_bytes + 1024) // (smem_bytes + 1024), self.most_resident)
+
+    @functools.cached_property
+    def most_resident(self) -> Number:
+        """The same, as far as registers and threads allow."""
         registers: Number = 0
         for i, work in enumerate(self.works):
             registers = larger(registers, registers_of(work, self.unit, self.rows_kept(i)))
-        by_registers = REGISTERS // (registers * self.threads)
-        return larger(1, smaller(smaller(by_smem, by_registers), 2 * MAX_THREADS // self.threads))
+        return larger(1, smaller(REGISTERS // (registers * self.threads), 2 * MAX_THREADS // self.threads))
 
     @functools.cached_property
     def blocks(self) -> Number:

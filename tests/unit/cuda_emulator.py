@@ -51,7 +51,7 @@ PRELUDE = """
 using std::max;
 using std::min;
 #define __global__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 typedef _Float16 half;
 struct nv_bfloat16 {
   uint16_t bits;
@@ -455,7 +455,7 @@ class Emulator:
         entries = []
         for name, func in functions.items():
             signatures = re.findall(
-                rf"void\s+(?:__launch_bounds__\(\d+\)\s+)?({name}_kernel(?:_\d+)?)\(([^)]*)\)\s*{{", source
+                rf"void\s+(?:__launch_bounds__\([\d, ]+\)\s+)?({name}_kernel(?:_\d+)?)\(([^)]*)\)\s*{{", source
             )
             launches = launches_of(func)
             assert len(signatures) == len(launches), source
