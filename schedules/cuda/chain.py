@@ -10,7 +10,7 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
-from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, clip, run
+from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.operands import Pixels, Weights
 from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
 from tdc_tvm.schedules.cuda.stream import WeightStream
@@ -89,6 +89,8 @@ class Chain(Block):
         for stage in early:
             self.copy_weights(stage)
             run("tdc_commit")
+        if part.placement.slots:
+            self.stream.begin_ring()
         if part.is_cluster:
             run("tdc_cluster_arrive")
         run("tdc_wait_for_dependencies")
@@ -111,11 +113,10 @@ class Chain(Block):
                         self.copy_weights(stage)
                     run("tdc_commit")
             for stage in range(len(part.stages)):
-                # Groups of copies that were begun after this stage's: the next input, or the weights of later ones.
-                if ahead:
-                    run(f"tdc_await{min(1, stage)}")
-                else:
-                    run(f"tdc_await{self.last - stage if late or not part.is_staged else 0}")
+                # Groups of copies that were begun after this stage's: the next input, the weights of later ones, chunks.
+                begun = min(1, stage) if ahead else self.last - stage if late or not part.is_staged else 0
+                begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))
+                run(f"tdc_await{min(begun, MOST_PENDING)}")
                 barrier()
                 if ahead and stage == 0:
                     with T.If(turn < part.rounds - 1), T.Then():
@@ -378,14 +379,13 @@ class Chain(Block):
         def turn(i: ir.Expr, parity: int, is_last: bool) -> None:
             """Multiply as many units as rows are kept, whose operands are loaded, and load those that follow."""
             for row in range(kept):
-                number, begins = parity * kept + row, False
+                number = parity * kept + row
                 if row == kept // 2 and not is_last:
                     pixels.follow(b[1 - parity], i + 1)
                 if not (is_last and row == kept - 1):
                     meets = self.part.chunk_units(stage) == 1 or (number + 1) % meetings == 0
-                    begins = weights.follow(a[(number + 1) % 2], i * kept + row + 1, meets)
+                    weights.follow(a[(number + 1) % 2], i * kept + row + 1, meets)
                 self.multiply_unit(stage, acc, a[number % 2], b[parity], row)
-                weights.leave(begins)
 
         weights.begin(a[0])
         pixels.begin(b[0])
@@ -395,7 +395,6 @@ class Chain(Block):
                 turn(pair * 2 + 1, 1, False)
         if windows % 2:
             turn(tirx.const(windows - 1, "int32"), 0, True)
-        weights.end()
         half = self.sums(stage) // 2
         if half == work.rows * work.columns * 2:
             with unrolled(half) as i:

@@ -14,6 +14,8 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.shape import Epilogue
 
+# Groups of copies that can be waited past.
+MOST_PENDING = 7
 _C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 
 # Definitions by name, without what makes them inline device functions.
@@ -62,7 +64,7 @@ _BODIES = {
   asm volatile("cp.async.wait_group {pending};" ::: "memory");
 #endif
 }}"""
-        for pending in range(4)
+        for pending in range(MOST_PENDING + 1)
     },
     # Two steps of 16 (FP16, BF16) or 8 (TF32) of the depth: sums (which can be the same) and
     # fragments of A for each, a fragment of B for both.
@@ -138,11 +140,6 @@ _BODIES = {
       "{\\n .reg .pred done;\\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
       "@!done bra again;\\n}" :: "r"(box), "r"(parity) : "memory");
-}""",
-    "tdc_mailbox_arrive": """void tdc_mailbox_arrive(int box) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0)
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(box) : "memory");
 }""",
     "tdc_fetch": """void tdc_fetch(int to, const void* from, int bytes, int box) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

@@ -31,10 +31,16 @@ class Constants:
         Of a warp for each vector of the input that its lanes copy.
     exposed : float
         Share of a first weight transfer that launching early does not hide.
+    sharing : float
+        How much faster all processors read the same weights from the L2 cache than data of their own.
     issue_cycles : float
         A product of a unit of depth, of a lane's row and column, on a warp.
     wait_cycles : float
         Latency of the loads of a unit of depth.
+    overhead_cycles : float
+        Instructions of a warp for a unit of depth besides products and loads.
+    chunk_cycles : float
+        What a chunk that goes through the ring takes besides: all warps meet.
     stage_cycles, item_cycles : float
         What a stage, and a warp's tile of it, take besides.
     handover_cycles, send_cycles : float
@@ -47,8 +53,11 @@ class Constants:
     input_cycles: float
     copy_cycles: float
     exposed: float
+    sharing: float
     issue_cycles: float
     wait_cycles: float
+    overhead_cycles: float
+    chunk_cycles: float
     stage_cycles: float
     item_cycles: float
     handover_cycles: float
@@ -96,52 +105,56 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         rate / device.clock_hz for rate in (device.probe.l2_bytes_per_s_per_core, device.probe.l2_bytes_per_s)
     )
 
-    def transfer(bytes_of_block: Number) -> Number:
+    def transfer(bytes_of_block: Number, sharing: float = 1.0) -> Number:
         """Cycles until co-resident blocks on all processors have read that much from the L2 cache."""
         at_once = smaller(part.blocks, together * device.core_count)
-        return larger(together * bytes_of_block / core_rate, at_once * bytes_of_block / chip_rate)
+        return larger(together * bytes_of_block / core_rate, at_once * bytes_of_block / (sharing * chip_rate))
 
     # Of a processor: a vector from shared memory to each lane of a warp, and a unit's products of a row and a column.
     load_cycles = WARP * 16 * device.clock_hz / device.probe.shared_bytes_per_s_per_core
+    product_ops = unit.vector if unit.name == "fma" else 1
     product_cycles = _product_flops(part) * device.clock_hz * device.core_count / _flops_per_s(part)
 
     place, chunks_before, early, later = part.placement, 0, 0, 0
     missing = []
     for i in range(len(part.stages)):
-        size, chunks = 16 * part.chunk_vectors(i), part.chunks(i)
-        at_once = place.resident[i] * chunks + place.ring[i] * smaller(chunks, larger(0, place.slots - chunks_before))
+        size, chunks, ring = 16 * part.chunk_vectors(i), part.chunks(i), place.ring[i]
+        at_once = place.resident[i] * chunks + ring * smaller(chunks, larger(0, place.slots - 1 - chunks_before))
         early = early + size * at_once
-        later = later + size * (chunks - at_once) * place.ring[i]
-        missing.append(size * (chunks - at_once) * (1 - place.ring[i]))
-        chunks_before = chunks_before + chunks * place.ring[i]
+        later = later + size * (chunks - at_once) * ring
+        missing.append(size * (chunks - at_once) * (1 - ring))
+        chunks_before = chunks_before + chunks * ring
     # The next launch's copies begin early where they find room beside this one's blocks.
-    first = transfer(early) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
+    first = transfer(early, c.sharing) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
     inputs = part.in_pixels(0) * smaller(part.in_width, part.in_channels(0)) * unit.element_bytes
     outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us,
-        "weights": (first + (waves - 1) * transfer(early)) * cycle_us,
+        "weights": (first + (waves - 1) * transfer(early, c.sharing)) * cycle_us,
         "input": 0.0,
     }
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
         products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
-        busy = items * work.splits * share * larger(loads * load_cycles, products * product_cycles)
+        # Each of the four schedulers of a processor issues an instruction in a cycle.
+        issued = (products * product_ops + loads + c.overhead_cycles) / 4
+        busy = items * work.splits * share * larger(larger(loads * load_cycles, products * product_cycles), issued)
         unit_cycles = c.wait_cycles + products * c.issue_cycles
         alone = part.turns_of_work(i) * (share * unit_cycles + c.item_cycles)
+        alone = alone + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
-        stage = c.stage_cycles + larger(together * busy, alone) + merge + transfer(missing[i])
+        stage = c.stage_cycles + larger(together * busy, alone) + merge + transfer(missing[i], c.sharing)
         parts[f"stage{i}"] = turns * stage * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
     input_us = (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us
     following = np.where(part.buffers > 1, larger(0.0, input_us - stages_us / turns), input_us)
     parts["input"] = input_us + (turns - 1) * following
-    parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later) * cycle_us - stages_us)
+    parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later, c.sharing) * cycle_us - stages_us)
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)

@@ -6,7 +6,6 @@ chunks and slots each time takes more instructions than its products.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,14 +36,15 @@ class Weights:
 
     def __init__(self, chain: Chain, stage: int, channel_tile: ir.Expr, split: ir.Expr):
         self.chain, self.stage, part = chain, stage, chain.part
-        unit, work, place = part.unit, part.works[stage], part.placement
+        unit, work = part.unit, part.works[stage]
         self.rows, self.lanes, self.share = work.rows, unit.weight_lanes, part.share(stage)
         self.unit_vectors, self.chunk_units = work.rows * self.lanes, part.chunk_units(stage)
         lane = chain.lane if self.lanes == WARP else chain.lane % self.lanes
         # Within a chunk, in vectors.
         self.first = T.Bind((channel_tile * work.splits + split) * (self.chunk_units * self.unit_vectors) + lane)
-        self.cursor = Cursor(chain.stream, stage) if part.has_bulk_copies and chain.stream.is_shared(stage) else None
-        self.in_ring = place.ring[stage]
+        self.in_ring = part.placement.ring[stage]
+        has_cursor = self.in_ring or chain.stream.has_mailboxes(stage)
+        self.cursor = Cursor(chain.stream, stage) if has_cursor else None
         # Of the vector that this lane loads next.
         self.at = local(1, "int32")
 
@@ -72,7 +72,7 @@ class Weights:
                 weights, width = self.chain.buffers.weights[self.stage], self.chain.unit.vector
                 run("tdc_load", address(registers, row * 4), address(weights, vector * width), tirx.const(True, "bool"))
 
-    def follow(self, registers: tirx.Buffer, number: ir.Expr | int, meets: bool) -> ir.Expr | bool | None:
+    def follow(self, registers: tirx.Buffer, number: ir.Expr | int, meets: bool) -> None:
         """Load the unit ``number``, the one after the last; behind the end the last one again.
 
         Parameters
@@ -83,20 +83,12 @@ class Weights:
             Which unit this is.
         meets : bool
             Whether a chunk can begin with it.
-
-        Returns
-        -------
-        Expr, None or False
-            When a chunk begins with it; None: always; False: never.
         """
         more = number < self.share
         T.buffer_store(self.at, self.at[0] + tirx.Select(more, self.unit_vectors, 0), [0])
-        begins: ir.Expr | bool | None = False
         if self.chunk_units < self.share and meets:
-            begins = all_of(more, number % self.chunk_units == 0 if self.chunk_units > 1 else True)
-            when(begins, self.enter)
+            when(all_of(more, number % self.chunk_units == 0 if self.chunk_units > 1 else True), self.enter)
         self.load(registers)
-        return begins
 
     def enter(self) -> None:
         """Go on to the next chunk."""
@@ -108,18 +100,6 @@ class Weights:
         else:
             rest = self.chain.part.chunk_vectors(self.stage) - self.chunk_units * self.unit_vectors
             T.buffer_store(self.at, self.at[0] + rest, [0])
-
-    def leave(self, begins: ir.Expr | bool | None) -> None:
-        """Give the chunk before away, when the next one began."""
-        if self.in_ring and begins is not False:
-            assert self.cursor is not None
-            when(begins, functools.partial(self.cursor.leave, 1))
-
-    def end(self) -> None:
-        """Give the last chunk away."""
-        if self.in_ring:
-            assert self.cursor is not None
-            self.cursor.leave(0)
 
 
 class Pixels:

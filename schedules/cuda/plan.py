@@ -11,8 +11,8 @@ A stage is a product of weights (channels x depth) and pixels (depth x pixels), 
 window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
 input channels, in units: one unit of depth is what a warp multiplies between two loads.
 
-Weights are copied to shared memory ahead of their use, in *chunks* of a few units of depth of all
-channels.  If they do not fit at once they go through a ring of *slots*: a chunk takes the place of
+Weights are copied to shared memory ahead of their use, in *chunks* of some units of depth of all
+channels.  Those of a stage that do not fit go through a ring of *slots*: a chunk takes the place of
 one that all warps are done with.
 """
 
@@ -36,11 +36,11 @@ REGISTERS = 65536
 MAX_CLUSTER = 16
 # Channels of a slice are a multiple of this: vectors of results do not cross slices.
 SLICE = 16
-# Bytes of a chunk of weights, and most units of depth: waiting for one costs as much as a few products.
-_CHUNK_BYTES, _CHUNK_UNITS = 8 * 1024, 8
-# A ring's least chunks and bytes: one is multiplied, one waits for the last warp to leave it, the others are under way,
-# and must be large enough to hide the latency of the L2 cache.
-_LEAST_SLOTS, _LEAST_BYTES = 4, 48 * 1024
+# Bytes of a chunk of weights that has a place of its own: each is waited for by itself.
+_PIECE_BYTES = 32 * 1024
+# Bytes of one that goes through the ring, and most units of depth; bytes under way, which hide the L2 cache's latency;
+# and slots.  All warps meet before each chunk, which costs about as much as multiplying a unit.
+_CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 8, 48 * 1024, 3, 8
 
 
 # An int, or an array of them: the same formulas serve one kernel and many.
@@ -171,7 +171,7 @@ class Placement:
     resident : tuple[bool, ...]
         All of them in shared memory; their chunks lie there one after the other.
     ring : tuple[bool, ...]
-        Through the ring of ``slots`` of ``slot_vectors`` vectors, mailboxes included.
+        Through the ring of ``slots`` of ``slot_vectors`` vectors.
     slots, slot_vectors : int
         Of the ring; no slots if there is none.
     """
@@ -394,19 +394,29 @@ class Part:
         return self.device.compute_capability >= 90
 
     @of_stage
-    def chunk_units(self, stage: int) -> Number:
-        """Units of depth of a chunk, in each part of the depth; all without bulk copies.
-
-        One, or whole turns of the loop over them.
-        """
-        share = self.share(stage)
-        if not self.has_bulk_copies:
-            return share
-        kept = self.rows_kept(stage)
+    def ring_units(self, stage: int) -> Number:
+        """Units of depth of a chunk that goes through the ring, in each part of the depth: one, or whole turns of a loop."""
+        share, kept = self.share(stage), self.rows_kept(stage)
         turn = kept + (kept == 1)
         most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // turn * turn)
         even = ceil_div(share, ceil_div(share, most))
         return smaller(larger(1, round_up(even, turn) * (most > 1)), share)
+
+    @of_stage
+    def piece_units(self, stage: int) -> Number:
+        """Units of depth of a chunk that has a place of its own; all where threads copy them by themselves."""
+        share, kept = self.share(stage), self.rows_kept(stage)
+        if not self.has_bulk_copies:
+            return share
+        count = ceil_div(share * self.unit_vectors(stage), _PIECE_BYTES // 16)
+        return smaller(round_up(ceil_div(share, count), kept + (kept == 1)), share)
+
+    @of_stage
+    def chunk_units(self, stage: int) -> Number:
+        """Units of depth of a chunk."""
+        place = self.placement
+        in_pieces = self.share(stage) - place.resident[stage] * (self.share(stage) - self.piece_units(stage))
+        return in_pieces - place.ring[stage] * (in_pieces - self.ring_units(stage))
 
     @of_stage
     def chunks(self, stage: int) -> Number:
@@ -470,12 +480,13 @@ class Part:
 
     @of_stage
     def resident_vectors(self, stage: int) -> Number:
-        """Shared memory of all of a stage's chunks; bulk copies need two mailboxes for each."""
-        return self.chunks(stage) * (self.chunk_vectors(stage) + self.has_bulk_copies)
+        """Shared memory of all of a stage's chunks; bulk copies need a mailbox for each."""
+        units = self.piece_units(stage)
+        return ceil_div(self.share(stage), units) * (units * self.unit_vectors(stage) + self.has_bulk_copies)
 
     @functools.cached_property
     def placement(self) -> Placement:
-        """Where weights lie: all in shared memory if there is room, else in a ring, else in global memory.
+        """Where weights lie: in shared memory as far as there is room, else in a ring, else in global memory.
 
         A block that computes but one tile reads its weights once in any case, and leaves room for a block of the
         next launch if it can.  The core comes first.
@@ -483,31 +494,26 @@ class Part:
         count = range(len(self.stages))
         sizes = [self.resident_vectors(i) for i in count]
         # Warps that compute several tiles of a stage read its weights several times, and not through a ring.
-        once = [(self.turns_of_work(i) == 1) & self.has_bulk_copies for i in count]
-        slot, chunks, others = 1, 0, 0
+        once = [self.turns_of_work(i) == 1 for i in count]
+        slot, others = 1, 0
         for i in count:
-            slot = larger(slot, once[i] * (self.chunk_vectors(i) + 1))
-            chunks = chunks + once[i] * self.chunks(i)
+            slot = larger(slot, once[i] * self.ring_units(i) * self.unit_vectors(i))
             others = others + (1 - once[i]) * sizes[i]
-        least = smaller(larger(_LEAST_SLOTS, ceil_div(_LEAST_BYTES, 16 * slot)), chunks)
+        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + 1))
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
         is_short = (self.tile_count * self.split <= self.device.core_count) & (self.most_resident > 1)
-        halved = is_short & (smaller(sum(sizes), least * slot + others) <= half)
+        halved = is_short & (smaller(sum(sizes), slots * slot + others) <= half)
         room = halved * half + (1 - halved) * room
         whole = sum(sizes) <= room
-        ring = (whole == 0) & (least > 0) & (least * slot <= room)
-        room = room - ring * least * slot
+        has_ring = (whole == 0) & (sum(once) > 0) & (slots * slot <= room)
+        room = room - has_ring * slots * slot
         resident: list[Number] = [False] * len(sizes)
         for i in sorted(count, key=lambda i: (i != self.core_index, i)):
-            resident[i] = whole | ((ring & once[i] == 0) & (sizes[i] <= room))
+            resident[i] = whole | (sizes[i] <= room)
             room = room - resident[i] * sizes[i]
-        slots = least + larger(0, room) // slot
-        # A ring of all chunks is none.
-        complete = ring & (slots >= chunks)
-        ring = ring & (slots < chunks)
-        resident = [own | (complete & one) for own, one in zip(resident, once, strict=True)]
-        return Placement(tuple(resident), tuple(ring & one for one in once), ring * slots, slot)
+        ring = [has_ring & one & (own == 0) for one, own in zip(once, resident, strict=True)]
+        return Placement(tuple(resident), tuple(ring), (sum(ring) > 0) * slots, slot)
 
     @property
     def mailbox_words(self) -> Number:
@@ -689,7 +695,7 @@ def stage_cycles(
         issue, latency = 6.6 * rows * columns, 70 + 5.5 * rows * columns
     else:
         issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
-    busy = items * splits * share * larger(loads, issue / 4)
+    busy = items * splits * share * larger(loads, (issue + 45) / 4)
     results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes / 16)
     alone = rounds * (share * latency + 100 + results * 5)
     # The parts of a depth are written, read and added up by all threads.

@@ -165,9 +165,8 @@ static void await_groups(size_t pending) {
     for (Copy& copy : group)
       if (one_in(3)) finish(copy);
 }
-static void tdc_await0() { await_groups(0); }
-static void tdc_await1() { await_groups(1); }
-static void tdc_await2() { await_groups(2); }
+#define AWAIT(pending) static void tdc_await##pending() { await_groups(pending); }
+AWAIT(0) AWAIT(1) AWAIT(2) AWAIT(3) AWAIT(4) AWAIT(5) AWAIT(6) AWAIT(7)
 static void tdc_launch_dependents() {}
 static void tdc_wait_for_dependencies() {}
 template <class T> static void gather(float* to, const void* from, int count) {
@@ -284,11 +283,6 @@ static void arrive(Mailbox& box, int bytes) {
 static void tdc_mailbox_expect(int box, int bytes) {
   maybe_stop(2);
   arrive(mailbox(box, self->block), bytes);
-}
-static void tdc_mailbox_arrive(int box) {
-  __syncwarp();
-  maybe_stop(2);
-  if (self->thread % 32 == 0) arrive(mailbox(box, self->block), 0);
 }
 static void tdc_mailbox_wait(int box, int parity) {
   maybe_stop(3);

@@ -240,11 +240,10 @@ def test_weights_go_through_a_ring(tmp_path, precision):
 @pytest.mark.parametrize(
     ("statement", "instead"),
     [
-        ("tdc_await0();", ";"),
-        ("__syncthreads();", ";"),
-        ("tdc_mailbox_wait(", "(void)("),
-        ("tdc_cluster_wait();", ";"),
-        ("tdc_mailbox_arrive(", "(void)("),
+        (r"tdc_await\d\(\);", ";"),
+        (r"__syncthreads\(\);", ";"),
+        (r"tdc_mailbox_wait\(", "(void)("),
+        (r"tdc_cluster_wait\(\);", ";"),
     ],
 )
 def test_the_emulator_sees_what_is_missing(tmp_path, statement, instead):
@@ -261,8 +260,9 @@ def test_the_emulator_sees_what_is_missing(tmp_path, statement, instead):
 
     def edit(source):
         begin = source.index('extern "C" __global__')
-        left_out.append(source[begin:].count(statement))
-        return source[:begin] + source[begin:].replace(statement, instead)
+        edited, count = re.subn(statement, instead, source[begin:])
+        left_out.append(count)
+        return source[:begin] + edited
 
     try:
         failures = emulate(tmp_path, [run], edit)
