@@ -216,7 +216,8 @@ class Chain(Block):
         column, vector = T.Bind(item // vectors), T.Bind(item % vectors)
         x, channel = T.Bind(tile.in_x0 + column), T.Bind(self.own_channels() + vector * self.unit.vector)
         start = T.Bind(self.offset(tile.image, tile.in_y0 + first, x) + channel)
-        word = T.Bind(at + (first * part.halo[1] + column) * part.pitch(0) + vector * 4)
+        plane, unit = vector // self.unit.chunks * part.plane_words(0), vector % self.unit.chunks * 4
+        word = T.Bind(at + plane + (first * part.halo[1] + column) * self.unit.pixel_words + unit)
         steps = ceil_div(part.halo[0], rows)
 
         def copy(step: ir.Expr) -> None:
@@ -230,7 +231,7 @@ class Chain(Block):
                 y < conv.height,
             )
             from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * part.in_width))
-            self.copy_vector(word + step * (rows * part.halo[1] * part.pitch(0)), from_, inside, channel)
+            self.copy_vector(word + step * (rows * part.halo[1] * self.unit.pixel_words), from_, inside, channel)
 
         def copy_all() -> None:
             with T.serial(steps, unroll=min(8, steps)) as step:
@@ -351,7 +352,7 @@ class Chain(Block):
             begin = self.input_at[stage]
             if stage == 0 and part.buffers > 1:
                 begin = begin + self.turn % 2 * (part.input_words(0) // 2)
-            return (begin + at * part.pitch(stage)) // 4
+            return (begin + at * self.unit.pixel_words) // 4
         conv = part.stages[0]
         y, x = self.tile.in_y0 + y, self.tile.in_x0 + x
         if not self.reads_padding(stage):
@@ -551,7 +552,9 @@ class Chain(Block):
             with unrolled(rows) as row:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
         words, count = self.to_words(values, rows)
-        at = self.input_at[stage + 1] + pixel * part.pitch(stage + 1) + channel * self.unit.element_bytes // 4
+        plane = channel // self.unit.depth * part.plane_words(stage + 1)
+        within = channel % self.unit.depth * self.unit.element_bytes // 4
+        at = self.input_at[stage + 1] + plane + pixel * self.unit.pixel_words + within
         for start in range(0, count, 4):
             run(f"tdc_move{min(4, count - start)}", self.place(at + start), address(words, start))
 

@@ -17,6 +17,9 @@ from tdc_tvm.schedules.kernel import Estimate
 DATA = Path(__file__).with_name("constants.json")
 
 
+_POWER = 2.0
+
+
 @dataclass(frozen=True)
 class Constants:
     """What no datasheet tells; fitted to measurements on an H100 by ``scripts/fit_model.py``.
@@ -134,6 +137,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         "weights": (first + (waves - 1) * transfer(early, c.sharing)) * cycle_us,
         "input": 0.0,
     }
+    needed: Number = 0
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
@@ -147,7 +151,8 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
-        stage = c.stage_cycles + larger(together * busy, alone) + merge + transfer(missing[i], c.sharing)
+        stage = c.stage_cycles + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
+        needed = needed + together * busy
         parts[f"stage{i}"] = turns * stage * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
@@ -160,7 +165,15 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
     parts["handover"] = turns * handover * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
+    # Blocks on one processor fill each other's gaps, until their instructions, products and loads fill it.
+    alone_us = (stages_us + parts["input"] + parts["handover"] + parts["output"]) / turns
+    parts["contention"] = turns * (_both(needed * cycle_us, alone_us) - alone_us)
     return parts
+
+
+def _both(a: Number, b: Number) -> Number:
+    """How long two things take at the same time, which are in each other's way."""
+    return (a**_POWER + b**_POWER) ** (1 / _POWER)
 
 
 def _product_flops(part: Part) -> int:

@@ -132,6 +132,8 @@ class Pixels:
         if steps * work.splits > units:
             # Behind the end the weights are zero, and the pixels those of the last step.
             self.last = T.Bind(tirx.min(steps, units - self.first) - 1)
+        # Vectors from a unit of depth to the next.
+        self.plane = part.plane_words(stage) // 4
         # In vectors from where a pixel begins; steps left in a tap, and the tap's column.
         self.at, self.left, self.column = (local(1, "int32") for _ in range(3))
 
@@ -140,8 +142,8 @@ class Pixels:
         if self.part.input_words(self.stage):
             tap = self.first // self.per_tap
             y, x = self.offset(tap)
-            at = self.first % self.per_tap * self.part.unit.chunks + self.chain.chunk_lane()
-            T.buffer_store(self.at, at + (y * self.part.halo[1] + x) * (self.part.pitch(self.stage) // 4), [0])
+            at = self.first % self.per_tap * self.plane + self.chain.chunk_lane()
+            T.buffer_store(self.at, at + (y * self.part.halo[1] + x) * self.part.unit.chunks, [0])
             T.buffer_store(self.left, self.per_tap - self.first % self.per_tap, [0])
             T.buffer_store(self.column, tap % self.conv.kernel[1], [0])
         self.load(registers, 0)
@@ -158,8 +160,8 @@ class Pixels:
             self.load(registers, tirx.min(number, self.last))
             return
         part, conv = self.part, self.conv
-        pitch = part.pitch(self.stage) // 4
-        delta: ir.Expr | int = part.unit.chunks
+        pixel = part.unit.chunks
+        delta: ir.Expr | int = self.plane
         if conv.kernel != (1, 1):
             left, column = T.Bind(self.left[0] - 1), T.Bind(self.column[0] + 1)
             ends = T.Bind(left == 0)
@@ -167,8 +169,8 @@ class Pixels:
             is_row = tirx.all(ends, column == conv.kernel[1])
             T.buffer_store(self.left, tirx.Select(ends, self.per_tap, left), [0])
             T.buffer_store(self.column, tirx.Select(is_row, 0, tirx.Select(ends, column, column - 1)), [0])
-            delta = tirx.Select(ends, conv.dilation[1] * pitch - (self.per_tap - 1) * part.unit.chunks, delta)
-            delta = delta + tirx.Select(is_row, row * pitch, 0)
+            delta = tirx.Select(ends, conv.dilation[1] * pixel - (self.per_tap - 1) * self.plane, delta)
+            delta = delta + tirx.Select(is_row, row * pixel, 0)
         T.buffer_store(self.at, self.at[0] + tirx.Select(number <= self.last, delta, 0), [0])
         self.load(registers, number)
 
@@ -176,7 +178,7 @@ class Pixels:
         """Load a step from where it lies."""
         part, conv, chain = self.part, self.conv, self.chain
         if part.input_words(self.stage):
-            at, row = T.Bind(self.at[0]), part.halo[1] * (part.pitch(self.stage) // 4)
+            at, row = T.Bind(self.at[0]), part.halo[1] * part.unit.chunks
             with unrolled(self.count) as j:
                 start = self.starts[j] if self.kept == 1 else self.starts[0] + j * row
                 T.buffer_store(registers, chain.shared[ramp((start + at) * 4, 4)], [ramp(j * 4, 4)])

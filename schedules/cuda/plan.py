@@ -132,13 +132,10 @@ class Unit:
         """Size of an element."""
         return 16 // self.vector
 
-    def pitch(self, channels: Number) -> Number:
-        """Words of shared memory from one pixel to the next, such that neighbours fall on different banks."""
-        size = channels * self.element_bytes
-        if self.name == "fma":
-            return (size + 16) // 4
-        # 64 bytes more than whole rows of banks: as many as the lanes of a pixel load together.
-        return (round_up(size - 64, 128) + 64) // 4
+    @property
+    def pixel_words(self) -> int:
+        """Words of a pixel's channels of a unit of depth."""
+        return 4 * self.chunks
 
 
 UNITS = {
@@ -272,7 +269,7 @@ class Part:
         All its loads are then under way together.  An input that takes more than half of the shared
         memory, or three quarters if it is read several times, is read from global memory instead.
         """
-        words = self.in_pixels(0) * self.pitch(0)
+        words = self.held_words(0)
         quarters = 3 if self.is_windowed else 2
         return 4 * words <= self.device.smem_per_block_optin_bytes * quarters // 4
 
@@ -331,9 +328,19 @@ class Part:
         return slice_channels(needed, self.split if len(self.stages) == 1 else 1)
 
     @of_stage
-    def pitch(self, stage: int) -> Number:
-        """Words from one pixel of a stage's input in shared memory to the next."""
-        return self.unit.pitch(self.slice_channels(stage - 1) if stage else self.in_channels(0))
+    def plane_words(self, stage: int) -> Number:
+        """Words of a stage's input for a unit of depth: all pixels one after the other, as warps load them.
+
+        Neighbouring planes begin on different banks.
+        """
+        words = self.unit.pixel_words
+        return words * (round_up(self.in_pixels(stage) - 1, 32 // words) + 1)
+
+    @of_stage
+    def held_words(self, stage: int) -> Number:
+        """Words of a stage's input in shared memory."""
+        channels = self.slice_channels(stage - 1) if stage else self.in_channels(0)
+        return channels // self.unit.depth * self.plane_words(stage)
 
     @functools.cached_property
     def works(self) -> tuple[Work, ...]:
@@ -448,7 +455,7 @@ class Part:
     def input_words(self, stage: int) -> Number:
         """Shared memory of a stage's input; 0 where it is read from global memory."""
         copies = self.buffers * self.is_staged if stage == 0 else 1
-        return self.in_pixels(stage) * self.pitch(stage) * copies
+        return self.held_words(stage) * copies
 
     @functools.cached_property
     def buffers(self) -> Number:
@@ -457,7 +464,7 @@ class Part:
         Two if a block computes several tiles, alone on its processor, and there is room: the input of one tile
         arrives while the one before is computed.
         """
-        input_words = self.in_pixels(0) * self.pitch(0)
+        input_words = self.held_words(0)
         smem_bytes = 4 * (self.other_words + input_words) + 16 * sum(
             map(self.resident_vectors, range(len(self.stages)))
         )
