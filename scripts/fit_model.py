@@ -49,7 +49,7 @@ class Measured:
         """Latencies by the model, in microseconds."""
         predicted = np.zeros_like(self.times_us)
         for indices, parts in self.groups:
-            predicted[indices] = sum(model.latency_us(part, constants) for part in parts)
+            predicted[indices] = sum(model.latency_us(part, len(parts) == 1, constants) for part in parts)
         return predicted
 
     def loss(self, constants: model.Constants) -> float:

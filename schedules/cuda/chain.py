@@ -115,7 +115,8 @@ class Chain(Block):
             for stage in range(len(part.stages)):
                 # Groups of copies that were begun after this stage's: the next input, the weights of later ones, chunks.
                 begun = min(1, stage) if ahead else self.last - stage if late or not part.is_staged else 0
-                begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))
+                if not part.has_bulk_copies:
+                    begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))
                 run(f"tdc_await{min(begun, MOST_PENDING)}")
                 barrier()
                 if ahead and stage == 0:

@@ -61,7 +61,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
     found = []
 
     def add(stages: tuple[Conv2dShape, ...], one_block: str, several: str) -> None:
-        ways, latencies_us = _space(stages, device)
+        ways, latencies_us = _space(stages, device, True)
         least = latencies_us.min(initial=np.inf)
         for i in np.flatnonzero(latencies_us == least) if only_best else range(len(ways)):
             strategy = one_block if ways[i][2] == 1 else several
@@ -77,7 +77,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
     for cuts in _CUTS:
         spaces = []
         for begin, end in itertools.pairwise((0, *cuts, 3)):
-            ways, latencies_us = _space(stages[begin:end], device)
+            ways, latencies_us = _space(stages[begin:end], device, False)
             order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
             spaces.append([(ways[i], latencies_us[i]) for i in order])
         for chosen in itertools.product(*spaces):
@@ -95,14 +95,14 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
 
 
 @functools.lru_cache(maxsize=1024)
-def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """All ways to compute some stages by one kernel, as values of `FIELDS`, and their predicted latencies."""
+def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
     options = itertools.product(tiles(core, _LEAST, _MOST), splits(stages, core, MAX_CLUSTER), _WARPS)
     grid = [(*tile, split, warps) for tile, split, warps in options]
     part = chain_conv.make_part(stages, np.array(grid).T, device)
     fits = np.broadcast_to(part.fits, len(grid))
-    latencies_us = np.broadcast_to(model.latency_us(part), len(grid))[fits]
+    latencies_us = np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits]
     return [values for values, fit in zip(grid, fits, strict=True) if fit], latencies_us
 
 

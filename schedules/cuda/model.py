@@ -17,9 +17,6 @@ from tdc_tvm.schedules.kernel import Estimate
 DATA = Path(__file__).with_name("constants.json")
 
 
-_POWER = 2.0
-
-
 @dataclass(frozen=True)
 class Constants:
     """What no datasheet tells; fitted to measurements on an H100 by ``scripts/fit_model.py``.
@@ -28,6 +25,9 @@ class Constants:
     ----------
     launch_us : float
         From the end of one kernel to the work of the next, which was launched early.
+    late_us, change_us : float
+        What it takes besides where there was no room for the next one's blocks, and where it is a different one: its
+        blocks then spread less evenly.
     input_cycles : float
         Until the first data of the kernel before arrive, and until its output is there.
     copy_cycles : float
@@ -38,8 +38,8 @@ class Constants:
         How much faster all processors read the same weights from the L2 cache than data of their own.
     issue_cycles : float
         A product of a unit of depth, of a lane's row and column, on a warp.
-    wait_cycles : float
-        Latency of the loads of a unit of depth.
+    wait_cycles, load_cycles : float
+        Latency of a unit of depth, and of each vector that a lane loads.
     overhead_cycles : float
         Instructions of a warp for a unit of depth besides products and loads.
     chunk_cycles : float
@@ -53,12 +53,15 @@ class Constants:
     """
 
     launch_us: float
+    late_us: float
+    change_us: float
     input_cycles: float
     copy_cycles: float
     exposed: float
     sharing: float
     issue_cycles: float
     wait_cycles: float
+    load_cycles: float
     overhead_cycles: float
     chunk_cycles: float
     stage_cycles: float
@@ -133,7 +136,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
-        "launch": c.launch_us,
+        "launch": c.launch_us + np.where(part.overlaps & (waves == 1), 0.0, c.late_us),
         "weights": (first + (waves - 1) * transfer(early, c.sharing)) * cycle_us,
         "input": 0.0,
     }
@@ -142,10 +145,12 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
         products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
-        # Each of the four schedulers of a processor issues an instruction in a cycle.
-        issued = (products * product_ops + loads + c.overhead_cycles) / 4
-        busy = items * work.splits * share * larger(larger(loads * load_cycles, products * product_cycles), issued)
-        unit_cycles = c.wait_cycles + products * c.issue_cycles
+        # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
+        turns_of_work = part.turns_of_work(i)
+        active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
+        of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
+        busy = share * larger(items * work.splits * loads * load_cycles, turns_of_work * active * of_scheduler)
+        unit_cycles = c.wait_cycles + loads * c.load_cycles + products * c.issue_cycles
         alone = part.turns_of_work(i) * (share * unit_cycles + c.item_cycles)
         alone = alone + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
@@ -172,8 +177,8 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
 
 
 def _both(a: Number, b: Number) -> Number:
-    """How long two things take at the same time, which are in each other's way."""
-    return (a**_POWER + b**_POWER) ** (1 / _POWER)
+    """How long two things take at the same time, which are in each other's way: between the larger and the sum."""
+    return np.sqrt(a * a + b * b)
 
 
 def _product_flops(part: Part) -> int:
@@ -191,9 +196,10 @@ def _flops_per_s(part: Part) -> float:
     return probe.fma_flops_per_s if part.unit.name == "fma" else probe.mma_flops_per_s[part.precision]
 
 
-def latency_us(part: Part, given: Constants | None = None) -> Number:
-    """The sum of what `estimate_part` gives."""
-    return sum(estimate_part(part, given).values())
+def latency_us(part: Part, is_one: bool = True, given: Constants | None = None) -> Number:
+    """The sum of what `estimate_part` gives, and what several kernels in a row take besides."""
+    change_us = 0.0 if is_one else (given or constants()[part.precision]).change_us
+    return sum(estimate_part(part, given).values()) + change_us
 
 
 def estimate(parts: Sequence[Part]) -> Estimate:
@@ -205,4 +211,6 @@ def estimate(parts: Sequence[Part]) -> Estimate:
         for name, value in estimate_part(part).items():
             name = next(stages) if name.startswith("stage") else name
             total[name] = total.get(name, 0.0) + float(value)
+    if len(parts) > 1:
+        total["launch"] += len(parts) * constants()[parts[0].precision].change_us
     return Estimate(total)

@@ -34,6 +34,8 @@ MAX_THREADS = 1024
 REGISTERS = 65536
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
+# Processors of an H100's GPC, at least (H100 Tensor Core GPU Architecture: up to 18, 132 of 144 enabled).
+_GROUP = 16
 # Channels of a slice are a multiple of this: vectors of results do not cross slices.
 SLICE = 16
 # Bytes of a chunk of weights that has a place of its own: each is waited for by itself.
@@ -507,14 +509,15 @@ class Part:
             slot = larger(slot, once[i] * self.ring_units(i) * self.unit_vectors(i))
             others = others + (1 - once[i]) * sizes[i]
         slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + 1))
+        ring_slot = slot + self.has_bulk_copies
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
         is_short = (self.tile_count * self.split <= self.device.core_count) & (self.most_resident > 1)
-        halved = is_short & (smaller(sum(sizes), slots * slot + others) <= half)
+        halved = is_short & (smaller(sum(sizes), slots * ring_slot + others) <= half)
         room = halved * half + (1 - halved) * room
         whole = sum(sizes) <= room
-        has_ring = (whole == 0) & (sum(once) > 0) & (slots * slot <= room)
-        room = room - has_ring * slots * slot
+        has_ring = (whole == 0) & (sum(once) > 0) & (slots * ring_slot <= room)
+        room = room - has_ring * slots * ring_slot
         resident: list[Number] = [False] * len(sizes)
         for i in sorted(count, key=lambda i: (i != self.core_index, i)):
             resident[i] = whole | (sizes[i] <= room)
@@ -555,7 +558,7 @@ class Part:
         """Shared memory of a block."""
         place = self.placement
         weights = sum(self.resident_vectors(i) * resident for i, resident in enumerate(place.resident))
-        return 4 * self.fixed_words + 16 * (weights + place.slots * place.slot_vectors)
+        return 4 * self.fixed_words + 16 * (weights + place.slots * (place.slot_vectors + self.has_bulk_copies))
 
     @property
     def overlaps(self) -> Number:
@@ -582,7 +585,11 @@ class Part:
     @functools.cached_property
     def blocks(self) -> Number:
         """Blocks of the launch: all that can be resident at most, each of which then computes several tiles."""
-        clusters = larger(1, self.resident * self.device.core_count // self.split)
+        resident = self.resident
+        clusters = resident * self.device.core_count // self.split
+        # A cluster's blocks are on processors of one group (GPC), of which some are smaller than others.
+        grouped = self.device.core_count // _GROUP * (_GROUP * resident // self.split)
+        clusters = larger(1, clusters - self.is_cluster * (clusters - grouped))
         return self.split * ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
 
     @property

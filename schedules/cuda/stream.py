@@ -9,14 +9,15 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.block import Block, local, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
+from tdc_tvm.schedules.cuda.plan import WARP
 
 
 class WeightStream:
     """Copies a block's weights.
 
-    A chunk with a place of its own is copied by one thread at once, where the GPU can (sm_90), and has a mailbox for
-    who waits for it.  Through the ring all threads copy, a vector each: an ``mbarrier`` for each chunk, with one
-    warp that waits for all others and copies, took three times as long for each of them (seen on an H100).
+    Where the GPU can (sm_90) a chunk is copied by one thread at once, and has a mailbox for who waits for it; else by
+    all threads.  All warps meet before a chunk of the ring is replaced: a second mailbox, where warps say that they
+    have left it and one waits for all others, took three times as long (seen on an H100).
 
     Parameters
     ----------
@@ -44,7 +45,8 @@ class WeightStream:
         for stage, resident in enumerate(place.resident):
             self.box_at.append(at)
             at += 4 * part.chunks(stage) * (resident and part.has_bulk_copies)
-        self.end = at
+        self.ring_box_at = at
+        self.end = at + 4 * place.slots * part.has_bulk_copies
 
     def is_shared(self, stage: int) -> bool:
         """Whether a stage's weights go through shared memory."""
@@ -52,21 +54,24 @@ class WeightStream:
 
     def has_mailboxes(self, stage: int) -> bool:
         """Whether a stage's chunks have mailboxes."""
-        return self.part.placement.resident[stage] and self.part.has_bulk_copies
+        return self.is_shared(stage) and self.part.has_bulk_copies
 
     def open_mailboxes(self) -> None:
-        """Make the mailboxes of all chunks ready."""
-        for stage in range(len(self.part.stages)):
-            if self.has_mailboxes(stage):
+        """Make the mailboxes of all chunks and slots ready."""
+        count = (self.end - self.box_at[0]) // 4
+        if count:
+            self.block.each(count, lambda box: run("tdc_mailbox_open", self.block.at(self.box_at[0] + box * 4), 1))
 
-                def open_one(chunk: ir.Expr, stage: int = stage) -> None:
-                    run("tdc_mailbox_open", self.mailbox(stage, chunk), 1)
+    def mailbox(self, stage: int, place: ir.Expr | int) -> ir.Expr | int:
+        """The address of the mailbox of a place or slot."""
+        at = self.ring_box_at if self.part.placement.ring[stage] else self.box_at[stage]
+        return self.block.at(at + place * 4)
 
-                self.block.each(self.part.chunks(stage), open_one)
-
-    def mailbox(self, stage: int, chunk: ir.Expr | int) -> ir.Expr | int:
-        """The address of a chunk's mailbox."""
-        return self.block.at(self.box_at[stage] + chunk * 4)
+    def chunk_at(self, stage: int, place: ir.Expr | int) -> ir.Expr | int:
+        """The word where a chunk begins."""
+        if self.part.placement.ring[stage]:
+            return self.ring_at + place * (4 * self.part.placement.slot_vectors)
+        return self.resident_at[stage] + place * (4 * self.part.chunk_vectors(stage))
 
     def own_weights(self, stage: int) -> ir.Expr | int:
         """The first of this block's vectors of weights."""
@@ -75,23 +80,26 @@ class WeightStream:
     def begin(self, stage: int) -> None:
         """Begin to copy a stage's weights that have a place of their own."""
         part = self.part
-        if self.has_mailboxes(stage):
-            self.block.each_warp(part.chunks(stage), functools.partial(self.fetch, stage))
-        elif part.placement.resident[stage]:
-            self.copy(stage, 0, self.resident_at[stage], part.weight_vectors(stage))
+        if not part.placement.resident[stage]:
+            return
+        if part.has_bulk_copies:
+            self.block.each_warp(part.chunks(stage), lambda chunk: self.fetch(stage, chunk, chunk))
+        else:
+            self.copy(stage, 0, 0)
 
-    def fetch(self, stage: int, chunk: ir.Expr) -> None:
+    def fetch(self, stage: int, chunk: ir.Expr | int, place: ir.Expr | int) -> None:
         """Begin to copy a chunk, by one thread."""
-        vectors, box = self.part.chunk_vectors(stage), self.mailbox(stage, chunk)
+        vectors, box = self.part.chunk_vectors(stage), self.mailbox(stage, place)
         start = (self.own_weights(stage) + chunk * vectors) * self.block.unit.vector
-        to = self.block.at(self.resident_at[stage] + chunk * (4 * vectors))
+        to = self.block.at(self.chunk_at(stage, place))
         run("tdc_mailbox_expect", box, 16 * vectors)
         run("tdc_fetch", to, address(self.block.buffers.weights[stage], start), 16 * vectors, box)
 
-    def copy(self, stage: int, first: ir.Expr | int, to: ir.Expr | int, vectors: int) -> None:
-        """Begin to copy vectors of weights to a word of shared memory, by all threads."""
-        start = T.Bind(self.own_weights(stage) + first)
-        to = T.Bind(self.block.at(to))
+    def copy(self, stage: int, chunk: ir.Expr | int, place: ir.Expr | int) -> None:
+        """Begin to copy a chunk, by all threads."""
+        vectors = self.part.chunk_vectors(stage)
+        start = T.Bind(self.own_weights(stage) + chunk * vectors)
+        to = T.Bind(self.block.at(self.chunk_at(stage, place)))
 
         def copy_one(vector: ir.Expr) -> None:
             from_ = address(self.block.buffers.weights[stage], (start + vector) * self.block.unit.vector)
@@ -102,20 +110,26 @@ class WeightStream:
     def begin_ring(self) -> None:
         """Begin to copy as many chunks as the ring has room for while one is multiplied.
 
-        They are one group of copies; empty ones follow, so that the waits that come count as many groups as later.
+        Without mailboxes they are one group of copies, which empty ones follow: the waits that come count as many
+        groups as later.
         """
-        ahead = min(self.part.placement.slots - 1, self.ring_chunks)
+        slots = self.part.placement.slots
+        ahead = min(slots - 1, self.ring_chunks)
         for stage, first in enumerate(self.first_chunk):
             if self.part.placement.ring[stage]:
-                for chunk in range(min(self.part.chunks(stage), max(0, ahead - first))):
-                    vectors = self.part.chunk_vectors(stage)
-                    self.copy(stage, chunk * vectors, self.slot_at(first + chunk), vectors)
-        for _ in range(self.part.placement.slots - 1):
-            run("tdc_commit")
+                count = min(self.part.chunks(stage), max(0, ahead - first))
+                if self.part.has_bulk_copies:
+                    self.block.each_warp(count, functools.partial(self.fetch_first, stage, first))
+                else:
+                    for chunk in range(count):
+                        self.copy(stage, chunk, first + chunk)
+        if not self.part.has_bulk_copies:
+            for _ in range(slots - 1):
+                run("tdc_commit")
 
-    def slot_at(self, slot: ir.Expr | int) -> ir.Expr | int:
-        """The word where a slot begins."""
-        return self.ring_at + slot * (4 * self.part.placement.slot_vectors)
+    def fetch_first(self, stage: int, first: int, chunk: ir.Expr) -> None:
+        """Begin to copy a chunk to the slot of its number."""
+        self.fetch(stage, chunk, first + chunk)
 
     def pass_chunks(self, stage: int) -> None:
         """What a warp without a tile does for the ring to go on."""
@@ -139,8 +153,9 @@ class Cursor:
     def __init__(self, stream: WeightStream, stage: int):
         self.stream, self.stage, self.part = stream, stage, stream.part
         self.in_ring, self.slots = self.part.placement.ring[stage], self.part.placement.slots
-        # Its place, and its number among all that the block sends through the ring.
-        self.place, self.number = local(1, "int32"), local(1, "int32")
+        # Its place, its number among all that the block sends through the ring, and how often its slot was filled
+        # before, modulo 2.
+        self.place, self.number, self.fills = (local(1, "int32") for _ in range(3))
 
     def begin(self) -> None:
         """Wait for the first chunk of a tile."""
@@ -149,46 +164,53 @@ class Cursor:
             number = T.Bind(self.stream.block.turn * self.stream.ring_chunks + number)
         T.buffer_store(self.number, number, [0])
         T.buffer_store(self.place, number % self.slots if self.in_ring else 0, [0])
+        T.buffer_store(self.fills, number // self.slots % 2 if self.in_ring else 0, [0])
         self.wait()
 
     def follow(self) -> None:
         """Wait for the next chunk."""
         place = T.Bind(self.place[0] + 1)
         if self.in_ring:
+            is_round = T.Bind(place == self.slots)
             T.buffer_store(self.number, self.number[0] + 1, [0])
-            place = tirx.Select(place == self.slots, 0, place)
+            T.buffer_store(self.fills, self.fills[0] ^ tirx.Select(is_round, 1, 0), [0])
+            place = tirx.Select(is_round, 0, place)
         T.buffer_store(self.place, place, [0])
         self.wait()
 
     def wait(self) -> None:
         """Wait until the chunk is in shared memory, where it stays if it has a place of its own."""
-        stream = self.stream
-        if stream.has_mailboxes(self.stage):
-            is_first = stream.block.turn == 0 if self.part.rounds > 1 else None
-            when(is_first, lambda: run("tdc_mailbox_wait", stream.mailbox(self.stage, self.place[0]), 0))
-        elif self.in_ring:
-            run(f"tdc_await{self.slots - 2}")
+        stream, part = self.stream, self.part
+        if self.in_ring:
+            if not part.has_bulk_copies:
+                run(f"tdc_await{self.slots - 2}")
             barrier()
             # All warps have left the chunk before this one: another takes its place.
             following = T.Bind(self.number[0] + (self.slots - 1))
-            slot = T.Bind(tirx.Select(self.place[0] == 0, self.slots, self.place[0]) - 1)
-            with T.If(following < self.part.rounds * stream.ring_chunks), T.Then():
-                self.refill(following % stream.ring_chunks if self.part.rounds > 1 else following, slot)
-            run("tdc_commit")
+            is_one = following < part.rounds * stream.ring_chunks
+            if part.has_bulk_copies:
+                # By the last warp, which is the first to have no tile.
+                is_one = tirx.all(is_one, stream.block.thread == part.threads - WARP)
+            when(is_one, lambda: self.refill(following))
+            if not part.has_bulk_copies:
+                run("tdc_commit")
+        if stream.has_mailboxes(self.stage):
+            is_first = stream.block.turn == 0 if not self.in_ring and part.rounds > 1 else None
+            box = stream.mailbox(self.stage, self.place[0])
+            when(is_first, lambda: run("tdc_mailbox_wait", box, self.fills[0]))
 
-    def refill(self, within: ir.Expr, slot: ir.Expr) -> None:
-        """Begin to copy a chunk by its number among those of a tile that go through the ring."""
-        stream = self.stream
-        within = T.Bind(within)
+    def refill(self, following: ir.Expr) -> None:
+        """Begin to copy a chunk to the slot before this one, by its number among all that go through the ring."""
+        stream, part = self.stream, self.part
+        within = T.Bind(following % stream.ring_chunks if part.rounds > 1 else following)
+        slot = T.Bind(tirx.Select(self.place[0] == 0, self.slots, self.place[0]) - 1)
+        begin = stream.fetch if part.has_bulk_copies else stream.copy
         for stage, first in enumerate(stream.first_chunk):
-            chunks, vectors = self.part.chunks(stage), self.part.chunk_vectors(stage)
-            if self.part.placement.ring[stage]:
+            if part.placement.ring[stage]:
+                chunks = part.chunks(stage)
                 inside = tirx.all(within >= first, within < first + chunks) if chunks < stream.ring_chunks else None
-                at = stream.slot_at(slot)
-                when(inside, functools.partial(stream.copy, stage, (within - first) * vectors, at, vectors))
+                when(inside, functools.partial(begin, stage, within - first, slot))
 
     def chunk_at(self) -> ir.Expr | int:
         """The word where the chunk begins."""
-        if self.in_ring:
-            return self.stream.slot_at(self.place[0])
-        return self.stream.resident_at[self.stage] + self.place[0] * (4 * self.part.chunk_vectors(self.stage))
+        return self.stream.chunk_at(self.stage, self.place[0])
