@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.intrinsics import address, call
-from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
+from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.cuda.work import WARP
 
 
 @dataclass

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.operands import Pixels, Weights
-from tdc_tvm.schedules.cuda.plan import WARP, Part, ceil_div
+from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.stream import WeightStream
+from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.shape import Epilogue
 
 # Pairs of steps in the body of the loop over them, and most instructions: those of a few thousand are not in the
@@ -113,7 +114,7 @@ class Chain(Block):
                         self.copy_weights(stage)
                     run("tdc_commit")
             for stage in range(len(part.stages)):
-                # Groups of copies that were begun after this stage's: the next input, the weights of later ones, chunks.
+                # Groups of copies that were begun after this stage's: the next input, weights of later ones, chunks.
                 begun = min(1, stage) if ahead else self.last - stage if late or not part.is_staged else 0
                 if not part.has_bulk_copies:
                     begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))

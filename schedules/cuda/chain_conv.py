@@ -16,10 +16,12 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.arith import Number, round_up
 from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
-from tdc_tvm.schedules.cuda.plan import UNITS, Number, Part, round_up
+from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue

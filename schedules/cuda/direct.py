@@ -12,8 +12,10 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda import emit
+from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.emit import Load, ThreadTile
-from tdc_tvm.schedules.cuda.plan import MAX_THREADS, REGISTERS, ceil_div, round_up
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS
+from tdc_tvm.schedules.cuda.work import REGISTERS
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue

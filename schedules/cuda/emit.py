@@ -11,8 +11,10 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.intrinsics import barrier, clip
-from tdc_tvm.schedules.cuda.plan import MAX_THREADS, REGISTERS, WARP, ceil_div
+from tdc_tvm.schedules.cuda.plan import MAX_THREADS
+from tdc_tvm.schedules.cuda.work import REGISTERS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 from tdc_tvm.schedules.shape import Epilogue

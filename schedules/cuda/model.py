@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tdc_tvm.schedules.cuda.plan import WARP, Number, Part, ceil_div, larger, smaller
+from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, smaller
+from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
@@ -157,7 +159,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
         stage = c.stage_cycles + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
-        needed = needed + together * busy
+        needed = needed + busy
         parts[f"stage{i}"] = turns * stage * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
@@ -171,8 +173,9 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     parts["handover"] = turns * handover * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
     # Blocks on one processor fill each other's gaps, until their instructions, products and loads fill it.
-    alone_us = (stages_us + parts["input"] + parts["handover"] + parts["output"]) / turns
-    parts["contention"] = turns * (_both(needed * cycle_us, alone_us) - alone_us)
+    alone_us = stages_us + parts["input"] + parts["handover"] + parts["output"]
+    tiles = larger(turns, ceil_div(part.tile_count * part.split, device.core_count))
+    parts["contention"] = _both(tiles * needed * cycle_us, alone_us) - alone_us
     return parts
 
 

@@ -14,8 +14,8 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.block import all_of, local, ramp, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import address, run
-from tdc_tvm.schedules.cuda.plan import WARP
 from tdc_tvm.schedules.cuda.stream import Cursor
+from tdc_tvm.schedules.cuda.work import WARP
 
 if TYPE_CHECKING:
     from tdc_tvm.schedules.cuda.chain import Chain

@@ -21,17 +21,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up, smaller
+from tdc_tvm.schedules.cuda.work import REGISTERS, UNITS, WARP, Unit, Work, choose_work, registers_of, rows_kept
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.shape import Conv2dShape
 
-WARP = 32
 MAX_THREADS = 1024
-# Of a processor, and so of a block, the same from sm_75 on.
-REGISTERS = 65536
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
 # Processors of an H100's GPC, at least (H100 Tensor Core GPU Architecture: up to 18, 132 of 144 enabled).
@@ -43,34 +41,6 @@ _PIECE_BYTES = 32 * 1024
 # Bytes of one that goes through the ring, and most units of depth; bytes under way, which hide the L2 cache's latency;
 # and slots.  All warps meet before each chunk, which costs about as much as multiplying a unit.
 _CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 8, 48 * 1024, 3, 8
-
-
-# An int, or an array of them: the same formulas serve one kernel and many.
-Number = Any
-
-
-def ceil_div(a: Number, b: Number) -> Number:
-    """The quotient, rounded up."""
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        # Several times faster than the division of integers, and exact below 2**53.
-        quotient = np.ceil(np.true_divide(a, b))
-        return quotient if quotient.dtype == np.float32 else quotient.astype(np.int64)
-    return -(-a // b)
-
-
-def round_up(a: Number, b: Number) -> Number:
-    """The least multiple of ``b`` that is not below ``a``."""
-    return ceil_div(a, b) * b
-
-
-def larger(a: Number, b: Number) -> Number:
-    """The larger of two numbers, or of each two of arrays."""
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
-
-
-def smaller(a: Number, b: Number) -> Number:
-    """The smaller of two numbers, or of each two of arrays."""
-    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
 
 
 def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Number]:
@@ -85,80 +55,6 @@ def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Num
         return known[stage]
 
     return cached
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What multiplies: tensor cores (``mma``) or CUDA cores (``fma``).
-
-    For ``fma`` a warp's lanes lie in a grid: ``row_lanes`` along the channels, ``pixels`` along the
-    pixels and ``chunks`` along the depth, whose sums meet at the end.  A lane can so compute many
-    results of few operands: shared memory delivers 4 bytes to a lane in a cycle, whatever other lanes
-    load.  For ``mma`` they lie as PTX's ``m16n8`` fragments want them.
-
-    Parameters
-    ----------
-    name : str
-        ``"mma"`` or ``"fma"``.
-    dtype : str
-        What is stored.
-    vector : int
-        Elements in 16 bytes.
-    chunks : int
-        Vectors of the depth that the lanes of a warp load side by side.
-    pixels : int
-        Pixels that they load side by side.
-    row_lanes : int
-        Sets of channels that they load side by side.
-    """
-
-    name: str
-    dtype: str
-    vector: int
-    chunks: int
-    pixels: int
-    row_lanes: int
-
-    @property
-    def depth(self) -> int:
-        """Input channels of a unit of depth."""
-        return self.vector * self.chunks
-
-    @property
-    def weight_lanes(self) -> int:
-        """Lanes that load different weights."""
-        return self.row_lanes * self.chunks
-
-    @property
-    def element_bytes(self) -> int:
-        """Size of an element."""
-        return 16 // self.vector
-
-    @property
-    def pixel_words(self) -> int:
-        """Words of a pixel's channels of a unit of depth."""
-        return 4 * self.chunks
-
-
-UNITS = {
-    "fp32": Unit("fma", "float32", 4, 2, 4, 4),
-    "tf32": Unit("mma", "float32", 4, 4, 8, 8),
-    "fp16": Unit("mma", "float16", 8, 4, 8, 8),
-    "bf16": Unit("mma", "bfloat16", 8, 4, 8, 8),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """How the warps of a block share one stage.
-
-    A lane holds ``rows`` neighbouring channels of ``columns`` pixels (twice as many for ``mma``) in
-    registers; the depth is divided into ``splits`` parts, whose sums meet in shared memory.
-    """
-
-    rows: Number
-    columns: Number
-    splits: Number
 
 
 @dataclass(frozen=True)
@@ -404,7 +300,7 @@ class Part:
 
     @of_stage
     def ring_units(self, stage: int) -> Number:
-        """Units of depth of a chunk that goes through the ring, in each part of the depth: one, or whole turns of a loop."""
+        """Units of depth of a chunk that goes through the ring, in each part of it: one, or whole turns of a loop."""
         share, kept = self.share(stage), self.rows_kept(stage)
         turn = kept + (kept == 1)
         most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // turn * turn)
@@ -584,13 +480,17 @@ class Part:
 
     @functools.cached_property
     def blocks(self) -> Number:
-        """Blocks of the launch: all that can be resident at most, each of which then computes several tiles."""
+        """Blocks of the launch: all that can be resident at most, each of which then computes several tiles.
+
+        Not more than that needs, if a processor has one; of several on each, some compute a tile less.
+        """
         resident = self.resident
         clusters = resident * self.device.core_count // self.split
         # A cluster's blocks are on processors of one group (GPC), of which some are smaller than others.
         grouped = self.device.core_count // _GROUP * (_GROUP * resident // self.split)
         clusters = larger(1, clusters - self.is_cluster * (clusters - grouped))
-        return self.split * ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
+        fewest = ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
+        return self.split * (fewest + (resident > 1) * (smaller(self.tile_count, clusters) - fewest))
 
     @property
     def rounds(self) -> Number:
@@ -625,96 +525,6 @@ class Part:
             has = self.device.smem_per_block_optin_bytes / 1024
             return f"needs {self.smem_bytes / 1024:.0f} KB of shared memory, {name} has {has:.0f} KB"
         return ""
-
-
-@functools.cache
-def work_options(name: str) -> np.ndarray:
-    """Ways to share a stage, ``(rows, columns, splits)``, as columns of a table."""
-    options = [
-        (rows, columns, splits)
-        for splits in (1, 2, 4, 8, 16)
-        for rows in (2, 4, 8)
-        for columns in (1, 2, 4, 8)
-        if rows * columns <= (64 if name == "fma" else 32)
-    ]
-    return np.array(options).T
-
-
-def rows_kept(work: Work, window_rows: Number, tile_h: Number) -> Number:
-    """Rows of the window that lanes keep in registers: 1 or ``window_rows``, if the warps' tiles are whole columns."""
-    return 1 + (window_rows - 1) * ((work.columns > 1) & (tile_h % work.columns == 0))
-
-
-def choose_work(
-    pixels: Number,
-    channels: Number,
-    units: Number,
-    warps: Number,
-    unit: Unit,
-    window_rows: Number = 1,
-    tile_h: Number = 1,
-) -> Work:
-    """The division of a stage that takes the least time, by a count of cycles; of equals the first.
-
-    Parameters
-    ----------
-    pixels, channels, units : int or array
-        Extents of the product; the depth in units.
-    warps : int or array
-        Warps of the block.
-    unit : Unit
-        What multiplies.
-    window_rows, tile_h : int or array
-        Rows of the window that lanes can keep, where the rows of the tile allow it.
-    """
-    options = work_options(unit.name)
-    work, kept = Work(*options), 1
-    if np.any(np.asarray(window_rows) > 1):
-        kept = rows_kept(work, np.asarray(window_rows)[..., None], np.asarray(tile_h)[..., None])
-        kept = kept.astype(np.float32)
-    # Single precision is exact enough, and twice as fast.
-    work = Work(*options.astype(np.float32))
-    given = (pixels, channels, units, warps)
-    pixels_, channels_, units_, warps_ = (np.asarray(value, np.float32)[..., None] for value in given)
-    groups = np.floor(warps_ / work.splits)
-    allowed = (groups * work.splits == warps_) & ((work.splits == 1) | (work.splits * kept <= units_))
-    allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
-    allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
-    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
-    cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
-    best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
-    chosen = options[:, best]
-    return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
-
-
-def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
-    """Registers of a thread, about: two sets of operands, sums, addresses."""
-    return 8 * (work.rows + work.columns + kept - 1) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
-
-
-def stage_cycles(
-    work: Work, pixels: Number, channels: Number, units: Number, groups: Number, unit: Unit, kept: Number
-) -> Number:
-    """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
-
-    Read off the clock within kernels on an H100, rounded.
-    """
-    rows, columns, splits = work.rows, work.columns, work.splits
-    items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
-    share = round_up(ceil_div(units, splits), kept)
-    rounds = ceil_div(items, larger(1, groups))
-    # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
-    loads = 4 * (rows + (columns + kept - 1) / kept)
-    if unit.name == "mma":
-        issue, latency = 6.6 * rows * columns, 70 + 5.5 * rows * columns
-    else:
-        issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
-    busy = items * splits * share * larger(loads, (issue + 45) / 4)
-    results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes / 16)
-    alone = rounds * (share * latency + 100 + results * 5)
-    # The parts of a depth are written, read and added up by all threads.
-    merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
-    return larger(busy, alone) + merge
 
 
 def slice_channels(channels: int, split: Number) -> Number:

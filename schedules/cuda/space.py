@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tdc_tvm.schedules.cuda.plan import SLICE, UNITS, ceil_div, round_up, slice_channels
+from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
+from tdc_tvm.schedules.cuda.plan import SLICE, slice_channels
+from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.shape import Conv2dShape
 
 

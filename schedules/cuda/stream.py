@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.block import Block, local, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
-from tdc_tvm.schedules.cuda.plan import WARP
+from tdc_tvm.schedules.cuda.work import WARP
 
 
 class WeightStream:

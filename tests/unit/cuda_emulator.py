@@ -35,6 +35,7 @@ FAULTS = (
     "a misaligned or empty bulk copy",
     "cluster barriers are not paired",
     "a block ended before a bulk copy from or to it",
+    "a bulk copy between different places of a row of banks, which is slow",
 )
 
 PRELUDE = """
@@ -113,7 +114,7 @@ static unsigned draw(unsigned n) {
   return unsigned(random_state >> 11) % n;
 }
 // What the caller is told: threads that wait for ever are 1.
-enum Fault { LEFT_COPY = 2, BAD_ARRIVAL = 4, MISALIGNED = 8, UNPAIRED = 16, LEFT_BULK_COPY = 32 };
+enum Fault { LEFT_COPY = 2, BAD_ARRIVAL = 4, MISALIGNED = 8, UNPAIRED = 16, LEFT_BULK_COPY = 32, SLOW = 64 };
 static void expect(bool holds, Fault fault) { if (!holds) faults |= fault; }
 static void (*body)(void**);
 static void** arguments;
@@ -301,9 +302,11 @@ static void begin(float* to, const float* from, int bytes, int box, int rank) {
   ++progress;
 }
 static void tdc_send(int from, int to, int box, int rank, int bytes) {
+  expect((from - to) % 128 == 0, SLOW);
   begin(at(to, rank), at(from, self->block), bytes, box, rank);
 }
 static void tdc_fetch(int to, const void* from, int bytes, int box) {
+  expect(to % 128 == 0, SLOW);
   begin(at(to, self->block), (const float*)from, bytes, box, self->block);
 }
 static void complete_a_bulk_copy() {

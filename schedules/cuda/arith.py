@@ -1,0 +1,34 @@
+"""Arithmetic on numbers, or on arrays of them: the same formulas serve one kernel and many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# An int, or an array of them.
+Number = Any
+
+
+def ceil_div(a: Number, b: Number) -> Number:
+    """The quotient, rounded up."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        # Several times faster than the division of integers, and exact below 2**53.
+        quotient = np.ceil(np.true_divide(a, b))
+        return quotient if quotient.dtype == np.float32 else quotient.astype(np.int64)
+    return -(-a // b)
+
+
+def round_up(a: Number, b: Number) -> Number:
+    """The least multiple of ``b`` that is not below ``a``."""
+    return ceil_div(a, b) * b
+
+
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers, or of each two of arrays."""
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def smaller(a: Number, b: Number) -> Number:
+    """The smaller of two numbers, or of each two of arrays."""
+    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)

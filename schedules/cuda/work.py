@@ -1,0 +1,178 @@
+"""How the warps of a block share one stage: who multiplies what, chosen by a count of cycles."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up
+
+WARP = 32
+# Of a processor, and so of a block, the same from sm_75 on.
+REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What multiplies: tensor cores (``mma``) or CUDA cores (``fma``).
+
+    For ``fma`` a warp's lanes lie in a grid: ``row_lanes`` along the channels, ``pixels`` along the
+    pixels and ``chunks`` along the depth, whose sums meet at the end.  A lane can so compute many
+    results of few operands: shared memory delivers 4 bytes to a lane in a cycle, whatever other lanes
+    load.  For ``mma`` they lie as PTX's ``m16n8`` fragments want them.
+
+    Parameters
+    ----------
+    name : str
+        ``"mma"`` or ``"fma"``.
+    dtype : str
+        What is stored.
+    vector : int
+        Elements in 16 bytes.
+    chunks : int
+        Vectors of the depth that the lanes of a warp load side by side.
+    pixels : int
+        Pixels that they load side by side.
+    row_lanes : int
+        Sets of channels that they load side by side.
+    """
+
+    name: str
+    dtype: str
+    vector: int
+    chunks: int
+    pixels: int
+    row_lanes: int
+
+    @property
+    def depth(self) -> int:
+        """Input channels of a unit of depth."""
+        return self.vector * self.chunks
+
+    @property
+    def weight_lanes(self) -> int:
+        """Lanes that load different weights."""
+        return self.row_lanes * self.chunks
+
+    @property
+    def element_bytes(self) -> int:
+        """Size of an element."""
+        return 16 // self.vector
+
+    @property
+    def pixel_words(self) -> int:
+        """Words of a pixel's channels of a unit of depth."""
+        return 4 * self.chunks
+
+
+UNITS = {
+    "fp32": Unit("fma", "float32", 4, 2, 4, 4),
+    "tf32": Unit("mma", "float32", 4, 4, 8, 8),
+    "fp16": Unit("mma", "float16", 8, 4, 8, 8),
+    "bf16": Unit("mma", "bfloat16", 8, 4, 8, 8),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the warps of a block share one stage.
+
+    A lane holds ``rows`` neighbouring channels of ``columns`` pixels (twice as many for ``mma``) in
+    registers; the depth is divided into ``splits`` parts, whose sums meet in shared memory.
+    """
+
+    rows: Number
+    columns: Number
+    splits: Number
+
+
+@functools.cache
+def work_options(name: str) -> np.ndarray:
+    """Ways to share a stage, ``(rows, columns, splits)``, as columns of a table."""
+    options = [
+        (rows, columns, splits)
+        for splits in (1, 2, 4, 8, 16)
+        for rows in (2, 4, 8)
+        for columns in (1, 2, 4, 8)
+        if rows * columns <= (64 if name == "fma" else 32)
+    ]
+    return np.array(options).T
+
+
+def rows_kept(work: Work, window_rows: Number, tile_h: Number) -> Number:
+    """Rows of the window that lanes keep in registers: 1 or ``window_rows``, if the warps' tiles are whole columns."""
+    return 1 + (window_rows - 1) * ((work.columns > 1) & (tile_h % work.columns == 0))
+
+
+def choose_work(
+    pixels: Number,
+    channels: Number,
+    units: Number,
+    warps: Number,
+    unit: Unit,
+    window_rows: Number = 1,
+    tile_h: Number = 1,
+) -> Work:
+    """The division of a stage that takes the least time, by a count of cycles; of equals the first.
+
+    Parameters
+    ----------
+    pixels, channels, units : int or array
+        Extents of the product; the depth in units.
+    warps : int or array
+        Warps of the block.
+    unit : Unit
+        What multiplies.
+    window_rows, tile_h : int or array
+        Rows of the window that lanes can keep, where the rows of the tile allow it.
+    """
+    options = work_options(unit.name)
+    work, kept = Work(*options), 1
+    if np.any(np.asarray(window_rows) > 1):
+        kept = rows_kept(work, np.asarray(window_rows)[..., None], np.asarray(tile_h)[..., None])
+        kept = kept.astype(np.float32)
+    # Single precision is exact enough, and twice as fast.
+    work = Work(*options.astype(np.float32))
+    given = (pixels, channels, units, warps)
+    pixels_, channels_, units_, warps_ = (np.asarray(value, np.float32)[..., None] for value in given)
+    groups = np.floor(warps_ / work.splits)
+    allowed = (groups * work.splits == warps_) & ((work.splits == 1) | (work.splits * kept <= units_))
+    allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
+    allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
+    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
+    cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
+    best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
+    chosen = options[:, best]
+    return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
+
+
+def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
+    """Registers of a thread, about: two sets of operands, sums, addresses."""
+    return 8 * (work.rows + work.columns + kept - 1) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
+
+
+def stage_cycles(
+    work: Work, pixels: Number, channels: Number, units: Number, groups: Number, unit: Unit, kept: Number
+) -> Number:
+    """Cycles until a block is done with a stage: it chooses among ways to share one, and predicts nothing else.
+
+    Read off the clock within kernels on an H100, rounded.
+    """
+    rows, columns, splits = work.rows, work.columns, work.splits
+    items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
+    share = round_up(ceil_div(units, splits), kept)
+    rounds = ceil_div(items, larger(1, groups))
+    # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
+    loads = 4 * (rows + (columns + kept - 1) / kept)
+    if unit.name == "mma":
+        issue, latency = 6.6 * rows * columns, 70 + 5.5 * rows * columns
+    else:
+        issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
+    busy = items * splits * share * larger(loads, (issue + 45) / 4)
+    results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes / 16)
+    alone = rounds * (share * latency + 100 + results * 5)
+    # The parts of a depth are written, read and added up by all threads.
+    merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
+    return larger(busy, alone) + merge
