@@ -127,7 +127,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     missing = []
     for i in range(len(part.stages)):
         size, chunks, ring = 16 * part.chunk_vectors(i), part.chunks(i), place.ring[i]
-        at_once = place.resident[i] * chunks + ring * smaller(chunks, larger(0, place.slots - 1 - chunks_before))
+        at_once = place.resident[i] * chunks + ring * smaller(chunks, larger(0, place.slots - 2 - chunks_before))
         early = early + size * at_once
         later = later + size * (chunks - at_once) * ring
         missing.append(size * (chunks - at_once) * (1 - ring))

@@ -40,7 +40,7 @@ SLICE = 16
 _PIECE_BYTES = 32 * 1024
 # Bytes of one that goes through the ring, and most units of depth; bytes under way, which hide the L2 cache's latency;
 # and slots.  All warps meet before each chunk, which costs about as much as multiplying a unit.
-_CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 8, 48 * 1024, 3, 8
+_CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 8, 32 * 1024, 4, 8
 
 
 def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Number]:
@@ -404,7 +404,7 @@ class Part:
         for i in count:
             slot = larger(slot, once[i] * self.ring_units(i) * self.unit_vectors(i))
             others = others + (1 - once[i]) * sizes[i]
-        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + 1))
+        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + 2))
         ring_slot = slot + self.has_bulk_copies
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32

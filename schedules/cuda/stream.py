@@ -11,12 +11,16 @@ from tdc_tvm.schedules.cuda.block import Block, local, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
 from tdc_tvm.schedules.cuda.work import WARP
 
+# How many chunks before the one that is begun lies the one whose slot is filled.  What a warp loads of the last one
+# may still be on its way when all meet: bulk copies do not wait behind it (wrong results seen on an H100).
+_AGO = 2
+
 
 class WeightStream:
     """Copies a block's weights.
 
     Where the GPU can (sm_90) a chunk is copied by one thread at once, and has a mailbox for who waits for it; else by
-    all threads.  All warps meet before a chunk of the ring is replaced: a second mailbox, where warps say that they
+    all threads.  All warps meet before a slot of the ring is filled again: a second mailbox, where warps say that they
     have left it and one waits for all others, took three times as long (seen on an H100).
 
     Parameters
@@ -114,7 +118,7 @@ class WeightStream:
         groups as later.
         """
         slots = self.part.placement.slots
-        ahead = min(slots - 1, self.ring_chunks)
+        ahead = min(slots - _AGO, self.ring_chunks)
         for stage, first in enumerate(self.first_chunk):
             if self.part.placement.ring[stage]:
                 count = min(self.part.chunks(stage), max(0, ahead - first))
@@ -124,7 +128,7 @@ class WeightStream:
                     for chunk in range(count):
                         self.copy(stage, chunk, first + chunk)
         if not self.part.has_bulk_copies:
-            for _ in range(slots - 1):
+            for _ in range(slots - _AGO):
                 run("tdc_commit")
 
     def fetch_first(self, stage: int, first: int, chunk: ir.Expr) -> None:
@@ -183,10 +187,9 @@ class Cursor:
         stream, part = self.stream, self.part
         if self.in_ring:
             if not part.has_bulk_copies:
-                run(f"tdc_await{self.slots - 2}")
+                run(f"tdc_await{self.slots - _AGO - 1}")
             barrier()
-            # All warps have left the chunk before this one: another takes its place.
-            following = T.Bind(self.number[0] + (self.slots - 1))
+            following = T.Bind(self.number[0] + (self.slots - _AGO))
             is_one = following < part.rounds * stream.ring_chunks
             if part.has_bulk_copies:
                 # By the last warp, which is the first to have no tile.
@@ -200,10 +203,10 @@ class Cursor:
             when(is_first, lambda: run("tdc_mailbox_wait", box, self.fills[0]))
 
     def refill(self, following: ir.Expr) -> None:
-        """Begin to copy a chunk to the slot before this one, by its number among all that go through the ring."""
+        """Begin to copy a chunk, by its number among all that go through the ring, to where all are done with one."""
         stream, part = self.stream, self.part
         within = T.Bind(following % stream.ring_chunks if part.rounds > 1 else following)
-        slot = T.Bind(tirx.Select(self.place[0] == 0, self.slots, self.place[0]) - 1)
+        slot = T.Bind(tirx.Select(self.place[0] < _AGO, self.place[0] + self.slots, self.place[0]) - _AGO)
         begin = stream.fetch if part.has_bulk_copies else stream.copy
         for stage, first in enumerate(stream.first_chunk):
             if part.placement.ring[stage]:
