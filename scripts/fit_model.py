@@ -93,7 +93,7 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
         parts = []
         for layer in layers:
             # What is far from the best is never picked: it counts by how near it is.
-            weight = (layer.times_us.min() / layer.times_us) ** 4
+            weight = (layer.times_us.min() / layer.times_us) ** 1.5
             parts.append(weight * np.log(layer.predict(constants) / layer.times_us) / np.sqrt(len(weight)))
         # Constants that the data do not tell stay where they are.
         return np.concatenate([*parts, 0.01 * (logarithms - origin)])

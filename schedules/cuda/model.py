@@ -146,9 +146,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share = channel_tiles * pixel_tiles, part.share(i)
-        # Pixels that are loaded side by side, but do not lie so, are on the same banks.
-        conflicts = 2 if i == part.core_index and part.core.stride[1] > 1 else 1
-        products, loads = work.rows * work.columns, work.rows + conflicts * part.pixel_loads(i)
+        products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
         # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
         turns_of_work = part.turns_of_work(i)
         active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
