@@ -40,7 +40,7 @@ python-check:
 $(VENV)/.installed: pyproject.toml | python-check
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet '.[train,tune,cuda,dev]' $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet '.[train,tune,cuda,plots,dev]' $(TORCH)
 	touch $@
 
 $(DEMO_VENV)/.installed: pyproject.toml | python-check

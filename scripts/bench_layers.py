@@ -196,24 +196,27 @@ def speedups(records: Sequence[dict[str, Any]], caches: str = "warm") -> dict[st
     return ratios
 
 
-def by_group(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Kernels by group and batch; one can be in several."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def by_group(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """Kernels by group, precision and batch; one can be in several."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for record in records:
-        for group in record["shape"]["groups"]:
-            groups.setdefault((group, record["shape"]["batch"]), []).append(record)
+        shape = record["shape"]
+        for group in shape["groups"]:
+            groups.setdefault((group, shape["precision"], shape["batch"]), []).append(record)
     return groups
 
 
 def report(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print a table for each group and batch, and the geometric means of all."""
+    """Print a table for each group, precision and batch, and the geometric means of all."""
     from rich.table import Table
 
     for environment in (record["environment"] for record in records if "environment" in record):
         console.print(environment)
     groups = by_group([record for record in records if "name" in record])
-    for (group, batch), members in groups.items():
-        table = Table(title=f"{group}, batch {batch}: us of a launch, L2-warm (ratios to ours; cold: L2-cold)")
+    for (group, precision, batch), members in groups.items():
+        table = Table(
+            title=f"{group} {precision}, batch {batch}: us of a launch, L2-warm (ratios to ours; cold: L2-cold)"
+        )
         table.add_column("layer", no_wrap=True)
         for name in (
             "ours",
@@ -232,16 +235,17 @@ def report(records: Sequence[dict[str, Any]], console: Console) -> None:
             table.add_row(record["shape"]["text"], *_cells(record))
         console.print(table)
     summary = Table(title="Geometric means of cuDNN's time over ours")
-    for name in ("group", "batch", "kernels", "failed", "triplet", "original", "cold triplet", "cold original"):
-        summary.add_column(name, justify="left" if name == "group" else "right")
-    for (group, batch), members in groups.items():
+    names = ("group", "precision", "batch", "kernels", "failed", "triplet", "original", "cold triplet", "cold original")
+    for name in names:
+        summary.add_column(name, justify="left" if name in names[:2] else "right")
+    for (group, precision, batch), members in groups.items():
         failed = sum("error" in record for record in members)
         means = [
-            f"{gpu_layers.geometric_mean(ratios):.2f}"
+            f"{gpu_layers.geometric_mean(ratios):.2f}" if ratios else "-"
             for caches in ("warm", "cold")
             for ratios in speedups(members, caches).values()
         ]
-        summary.add_row(group, str(batch), str(len(members)), str(failed), *means)
+        summary.add_row(group, precision, str(batch), str(len(members)), str(failed), *means)
     console.print(summary)
 
 
@@ -272,31 +276,42 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw bars of ours, the triplet and the original for each group and batch."""
-    import matplotlib
+    """Draw bars of ours, the triplet and the original for each group, precision and batch.
 
+    Raises
+    ------
+    TdcError
+        If matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as missing:
+        from tdc_tvm.errors import TdcError
+
+        raise TdcError("plots need matplotlib, which is not installed; run: pip install 'tdc-tvm[plots]'") from missing
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for (group, batch), members in by_group([record for record in records if "warm" in record]).items():
+    for (group, precision, batch), members in by_group([record for record in records if "warm" in record]).items():
         figure, axes = pyplot.subplots(figsize=(max(6, 0.9 * len(members)), 5), layout="constrained")
         names = [name for name in ("ours", "triplet", "original") if name in members[0]["warm"]]
         for index, name in enumerate(names):
             places = [place + 0.8 * (index / len(names)) for place in range(len(members))]
             heights = [record["warm"][name]["median_us"] for record in members]
             label = name if name == "ours" else f"{name} (cuDNN)"
-            axes.bar(places, heights, 0.8 / len(names), align="edge", label=label)
+            bars = axes.bar(places, heights, 0.8 / len(names), align="edge", label=label)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7, rotation=90, padding=2)
         axes.set_xticks([place + 0.4 for place in range(len(members))])
         axes.set_xticklabels(
             [record["shape"]["text"].replace(" at ", "\n") for record in members], rotation=60, ha="right"
         )
         axes.set_ylabel("us of a launch, L2-warm")
-        axes.set_yscale("log")
-        axes.set_title(f"{group}, batch {batch}")
+        axes.margins(y=0.18)
+        axes.set_title(f"{group} {precision}, batch {batch}")
         axes.legend()
-        paths.append(folder / f"{group}_batch{batch}.png")
+        paths.append(folder / f"{group}_{precision}_batch{batch}.png")
         figure.savefig(paths[-1], dpi=120)
         pyplot.close(figure)
     return paths

@@ -131,3 +131,26 @@ def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
         np.testing.assert_allclose(layer.predict(true), layer.times_us)
         assert layer.loss(fitted) < 1.02
         np.testing.assert_allclose(layer.predict(fitted), layer.times_us, rtol=0.1)
+
+
+def test_a_report_keeps_precisions_apart_and_draws_bars(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    def record(precision, ours, triplet):
+        shape = {"text": "a layer", "groups": ["net"], "precision": precision, "batch": 1}
+        times = {name: {"median_us": us, "p99_us": us} for name, us in (("ours", ours), ("triplet", triplet))}
+        return {"name": "k0", "shape": shape, "warm": times, "cold": times, "predicted_us": ours}
+
+    records = [record("fp16", 2.0, 8.0), record("fp32", 4.0, 6.0)]
+    out = StringIO()
+    bench_layers.report(records, Console(file=out, width=200))
+    summary = out.getvalue().split("Geometric means")[1]
+    for precision, ratio in (("fp16", "4.00"), ("fp32", "1.50")):
+        (line,) = [line for line in summary.splitlines() if precision in line]
+        assert ratio in line
+        assert "-" in line, "nothing was measured of the original"
+    paths = bench_layers.plot(records, tmp_path)
+    assert [path.name for path in paths] == ["net_fp16_batch1.png", "net_fp32_batch1.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
