@@ -212,27 +212,29 @@ def test_rows_of_the_window_are_kept(tmp_path, precision):
     assert not emulate(tmp_path, runs)
 
 
+@pytest.mark.parametrize("gpu", [H100, GPUS["A100"]], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
-def test_weights_go_through_a_ring(tmp_path, precision):
-    """One tile or several, a block or a cluster, the depth whole or in parts."""
+def test_weights_go_through_a_ring(tmp_path, precision, gpu):
+    """One tile or several, a block or a cluster, the depth whole or in parts; by bulk copies, or by all threads."""
     dense = Conv2dShape(1, 8, 8, 64, 96, (3, 3), padding=SAME, precision=precision)
     case = gpu_check.Case(TuckerConvShape(dense, 48, 96), Epilogue(True, 0.0), (True, True, True))
     runs = []
     for processors in (132, 1):
         smem_bytes = (76 if precision == "fp16" else 96) * 1024
-        device = replace(H100, core_count=processors, smem_per_block_optin_bytes=smem_bytes)
+        device = replace(gpu, core_count=processors, smem_per_block_optin_bytes=smem_bytes)
         for config in (
             config_of("tile", (2, 4, 1, 8)),
             config_of("tile", (2, 2, 1, 4)),
             config_of("cluster", (2, 4, 2, 3)),
             config_of("three", (4, 4, 1, 4), (2, 4, 1, 6), (4, 4, 1, 4)),
         ):
-            runs.append((case, config, device))
+            if gpu is H100 or config.strategy != "cluster":
+                runs.append((case, config, device))
     parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
     stages = [(part, i) for part in parts for i in range(len(part.stages)) if part.placement.ring[i]]
     assert {part.rounds > 1 for part, _ in stages} == {False, True}
     assert {part.works[i].splits > 1 for part, i in stages} == {False, True}
-    assert {part.split > 1 for part, i in stages} == {False, True}
+    assert {part.split > 1 for part, i in stages} == ({False, True} if gpu is H100 else {False})
     assert any(part.tiles_of_work(i)[0] * part.tiles_of_work(i)[1] < part.warps for part, i in stages)
     assert not emulate(tmp_path, runs)
 
