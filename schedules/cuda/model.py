@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, smaller
-from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE, Part
 from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.kernel import Estimate
 
@@ -85,13 +85,15 @@ def names() -> list[str]:
     return [field.name for field in fields(Constants)]
 
 
-def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Number]:
+def estimate_part(part: Part, is_one: bool = True, given: Constants | None = None) -> dict[str, Number]:
     """Predict one kernel, or many.
 
     Parameters
     ----------
     part : Part
         What is divided how.
+    is_one : bool
+        Whether no other kernels are launched in turn with it.
     given : Constants, optional
         Instead of the stored ones of its precision.
 
@@ -127,18 +129,21 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
     missing = []
     for i in range(len(part.stages)):
         size, chunks, ring = 16 * part.chunk_vectors(i), part.chunks(i), place.ring[i]
-        at_once = place.resident[i] * chunks + ring * smaller(chunks, larger(0, place.slots - 2 - chunks_before))
+        at_once = place.resident[i] * chunks + ring * smaller(
+            chunks, larger(0, place.slots - SLOTS_IN_USE - chunks_before)
+        )
         early = early + size * at_once
         later = later + size * (chunks - at_once) * ring
         missing.append(size * (chunks - at_once) * (1 - ring))
         chunks_before = chunks_before + chunks * ring
     # The next launch's copies begin early where they find room beside this one's blocks.
-    first = transfer(early, c.sharing) * np.where(part.overlaps & (waves == 1), c.exposed, 1.0)
+    is_hidden = part.overlaps & (waves == 1)
+    first = transfer(early, c.sharing) * np.where(is_hidden, c.exposed, 1.0)
     inputs = part.in_pixels(0) * smaller(part.in_width, part.in_channels(0)) * unit.element_bytes
     outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
-        "launch": c.launch_us + np.where(part.overlaps & (waves == 1), 0.0, c.late_us),
+        "launch": c.launch_us + np.where(is_hidden, 0.0, c.late_us) + (0.0 if is_one else c.change_us),
         "weights": (first + (waves - 1) * transfer(early, c.sharing)) * cycle_us,
         "input": 0.0,
     }
@@ -153,7 +158,7 @@ def estimate_part(part: Part, given: Constants | None = None) -> dict[str, Numbe
         of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
         busy = share * larger(items * work.splits * loads * load_cycles, turns_of_work * active * of_scheduler)
         unit_cycles = c.wait_cycles + loads * c.load_cycles + products * c.issue_cycles
-        alone = part.turns_of_work(i) * (share * unit_cycles + c.item_cycles)
+        alone = turns_of_work * (share * unit_cycles + c.item_cycles)
         alone = alone + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
@@ -200,9 +205,8 @@ def _flops_per_s(part: Part) -> float:
 
 
 def latency_us(part: Part, is_one: bool = True, given: Constants | None = None) -> Number:
-    """The sum of what `estimate_part` gives, and what several kernels in a row take besides."""
-    change_us = 0.0 if is_one else (given or constants()[part.precision]).change_us
-    return sum(estimate_part(part, given).values()) + change_us
+    """The sum of what `estimate_part` gives."""
+    return sum(estimate_part(part, is_one, given).values())
 
 
 def estimate(parts: Sequence[Part]) -> Estimate:
@@ -211,9 +215,7 @@ def estimate(parts: Sequence[Part]) -> Estimate:
     stages = iter(("reduce", "core", "expand") if count > 1 else ("core",))
     total: dict[str, float] = {}
     for part in parts:
-        for name, value in estimate_part(part).items():
+        for name, value in estimate_part(part, len(parts) == 1).items():
             name = next(stages) if name.startswith("stage") else name
             total[name] = total.get(name, 0.0) + float(value)
-    if len(parts) > 1:
-        total["launch"] += len(parts) * constants()[parts[0].precision].change_us
     return Estimate(total)

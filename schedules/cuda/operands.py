@@ -55,7 +55,7 @@ class Weights:
             self.cursor.begin()
             start = self.cursor.chunk_at() // 4
         elif self.chain.stream.is_shared(self.stage):
-            start = self.chain.stream.resident_at[self.stage] // 4
+            start = self.chain.stream.chunk_at(self.stage, 0) // 4
         else:
             start = self.chain.stream.own_weights(self.stage)
         T.buffer_store(self.at, start + self.first, [0])

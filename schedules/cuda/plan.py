@@ -41,6 +41,9 @@ _PIECE_BYTES = 32 * 1024
 # Bytes of one that goes through the ring, and most units of depth; bytes under way, which hide the L2 cache's latency;
 # and slots.  All warps meet before each chunk, which costs about as much as multiplying a unit.
 _CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 8, 32 * 1024, 4, 8
+# Slots of a ring that are not under way: that of the chunk that is multiplied, and that of the one before, of which
+# loads may still wait when all warps meet; bulk copies do not wait behind them (wrong results seen on an H100).
+SLOTS_IN_USE = 2
 
 
 def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Number]:
@@ -404,7 +407,7 @@ class Part:
         for i in count:
             slot = larger(slot, once[i] * self.ring_units(i) * self.unit_vectors(i))
             others = others + (1 - once[i]) * sizes[i]
-        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + 2))
+        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + SLOTS_IN_USE))
         ring_slot = slot + self.has_bulk_copies
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32

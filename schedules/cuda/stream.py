@@ -9,11 +9,8 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.block import Block, local, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
+from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
 from tdc_tvm.schedules.cuda.work import WARP
-
-# How many chunks before the one that is begun lies the one whose slot is filled.  What a warp loads of the last one
-# may still be on its way when all meet: bulk copies do not wait behind it (wrong results seen on an H100).
-_AGO = 2
 
 
 class WeightStream:
@@ -118,7 +115,7 @@ class WeightStream:
         groups as later.
         """
         slots = self.part.placement.slots
-        ahead = min(slots - _AGO, self.ring_chunks)
+        ahead = min(slots - SLOTS_IN_USE, self.ring_chunks)
         for stage, first in enumerate(self.first_chunk):
             if self.part.placement.ring[stage]:
                 count = min(self.part.chunks(stage), max(0, ahead - first))
@@ -128,7 +125,7 @@ class WeightStream:
                     for chunk in range(count):
                         self.copy(stage, chunk, first + chunk)
         if not self.part.has_bulk_copies:
-            for _ in range(slots - _AGO):
+            for _ in range(slots - SLOTS_IN_USE):
                 run("tdc_commit")
 
     def fetch_first(self, stage: int, first: int, chunk: ir.Expr) -> None:
@@ -187,9 +184,9 @@ class Cursor:
         stream, part = self.stream, self.part
         if self.in_ring:
             if not part.has_bulk_copies:
-                run(f"tdc_await{self.slots - _AGO - 1}")
+                run(f"tdc_await{self.slots - SLOTS_IN_USE - 1}")
             barrier()
-            following = T.Bind(self.number[0] + (self.slots - _AGO))
+            following = T.Bind(self.number[0] + (self.slots - SLOTS_IN_USE))
             is_one = following < part.rounds * stream.ring_chunks
             if part.has_bulk_copies:
                 # By the last warp, which is the first to have no tile.
@@ -206,7 +203,9 @@ class Cursor:
         """Begin to copy a chunk, by its number among all that go through the ring, to where all are done with one."""
         stream, part = self.stream, self.part
         within = T.Bind(following % stream.ring_chunks if part.rounds > 1 else following)
-        slot = T.Bind(tirx.Select(self.place[0] < _AGO, self.place[0] + self.slots, self.place[0]) - _AGO)
+        slot = T.Bind(
+            tirx.Select(self.place[0] < SLOTS_IN_USE, self.place[0] + self.slots, self.place[0]) - SLOTS_IN_USE
+        )
         begin = stream.fetch if part.has_bulk_copies else stream.copy
         for stage, first in enumerate(stream.first_chunk):
             if part.placement.ring[stage]:
