@@ -81,7 +81,8 @@ class CudaCompiler:
             With the compiler's log, if it rejects the source.
         """
         compile_source = _compile_nvrtc if self.name == "nvrtc" else _compile_nvcc
-        return compile_source(source, arch, self.path)
+        # What groups of warps do is not in "sm_90", which would run nowhere else either.
+        return compile_source(source, "sm_90a" if arch == "sm_90" else arch, self.path)
 
 
 def find_cuda_compiler() -> CudaCompiler:

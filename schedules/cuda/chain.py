@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda import warpgroup
 from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.operands import Pixels, Weights
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.stream import WeightStream
-from tdc_tvm.schedules.cuda.work import WARP
+from tdc_tvm.schedules.cuda.work import RESULT_ROWS, WARP
 from tdc_tvm.schedules.shape import Epilogue
 
 # Pairs of steps in the body of the loop over them, and most instructions: those of a few thousand are not in the
@@ -119,6 +121,8 @@ class Chain(Block):
                 if not part.has_bulk_copies:
                     begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))
                 run(f"tdc_await{min(begun, MOST_PENDING)}")
+                if self.unit.name == "wgmma":
+                    run("tdc_fence_copies")
                 barrier()
                 if ahead and stage == 0:
                     with T.If(turn < part.rounds - 1), T.Then():
@@ -218,8 +222,7 @@ class Chain(Block):
         column, vector = T.Bind(item // vectors), T.Bind(item % vectors)
         x, channel = T.Bind(tile.in_x0 + column), T.Bind(self.own_channels() + vector * self.unit.vector)
         start = T.Bind(self.offset(tile.image, tile.in_y0 + first, x) + channel)
-        plane, unit = vector // self.unit.chunks * part.plane_words(0), vector % self.unit.chunks * 4
-        word = T.Bind(at + plane + (first * part.halo[1] + column) * self.unit.pixel_words + unit)
+        word = T.Bind(at + self.place_of(0, first * part.halo[1] + column, vector))
         steps = ceil_div(part.halo[0], rows)
 
         def copy(step: ir.Expr) -> None:
@@ -241,6 +244,19 @@ class Chain(Block):
                 when(is_row, lambda: copy(step))
 
         when(is_item, copy_all)
+
+    def place_of(self, stage: int, pixel: ir.Expr, vector: ir.Expr) -> ir.Expr:
+        """The word of a stage's input where a vector of a pixel's channels lies."""
+        in_plane = self.unit.plane_vectors
+        plane, within = vector // in_plane * self.part.plane_words(stage), vector % in_plane * 4
+        return plane + pixel * self.unit.pixel_words + within
+
+    def input_start(self, stage: int) -> ir.Expr | int:
+        """The word where a stage's input begins."""
+        begin = self.input_at[stage]
+        if stage == 0 and self.part.buffers > 1:
+            return begin + self.turn % 2 * (self.part.input_words(0) // 2)
+        return begin
 
     def copy_vector(self, word: ir.Expr, from_: ir.Expr, inside: ir.Expr, channel: ir.Expr) -> None:
         """Begin to copy a vector of the input; what is not inside is not read."""
@@ -272,31 +288,35 @@ class Chain(Block):
         """Compute a stage."""
         part, unit, work = self.part, self.unit, self.part.works[stage]
         channel_tiles, pixel_tiles = part.tiles_of_work(stage)
-        items, groups = channel_tiles * pixel_tiles, part.warps // work.splits
+        items, groups = channel_tiles * pixel_tiles, part.teams // work.splits
+        team = T.Bind(self.warp // unit.warps)
         acc = local(self.sums(stage))
         # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
         starts = local(work.columns, "int32")
         # Their rows and columns, where the padding is not there to be read.
         rows, columns = local(work.columns, "int32"), local(work.columns, "int32")
-        split = T.Bind(self.warp // groups)
+        split = T.Bind(team // groups)
         done = self.put_sums if part.is_cluster and stage == part.core_index else self.finish
         with T.serial(part.turns_of_work(stage)) as i:
-            item = T.Bind(i * groups + self.warp % groups)
+            item = T.Bind(i * groups + team % groups)
 
             def compute() -> None:
                 # Neighbouring warps take neighbouring pixels, and the same weights.
                 channel_tile, pixel_tile = T.Bind(item // pixel_tiles), T.Bind(item % pixel_tiles)
                 with unrolled(acc.shape[0]) as j:
                     T.buffer_store(acc, tirx.const(0, "float32"), [j])
-                with unrolled(work.columns) as j:
-                    pixel = (pixel_tile * work.columns + j) * unit.pixels + self.pixel_lane()
-                    pixel = tirx.min(pixel, part.pixels(stage) - 1)
-                    T.buffer_store(starts, self.start(stage, pixel), [j])
-                    if self.reads_padding(stage):
-                        y, x = self.position(stage, pixel)
-                        T.buffer_store(rows, self.tile.in_y0 + y, [j])
-                        T.buffer_store(columns, self.tile.in_x0 + x, [j])
-                self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
+                if unit.name == "wgmma":
+                    warpgroup.multiply(self, stage, acc, channel_tile, pixel_tile)
+                else:
+                    with unrolled(work.columns) as j:
+                        pixel = (pixel_tile * work.columns + j) * unit.pixels + self.pixel_lane()
+                        pixel = tirx.min(pixel, part.pixels(stage) - 1)
+                        T.buffer_store(starts, self.start(stage, pixel), [j])
+                        if self.reads_padding(stage):
+                            y, x = self.position(stage, pixel)
+                            T.buffer_store(rows, self.tile.in_y0 + y, [j])
+                            T.buffer_store(columns, self.tile.in_x0 + x, [j])
+                    self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
                 if work.splits == 1:
                     self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: done(stage, *at))
                 else:
@@ -317,7 +337,13 @@ class Chain(Block):
         """Registers of a lane's sums: of few, the steps of a unit have their own, to depend on each other less."""
         work = self.part.works[stage]
         products = work.rows * work.columns
-        return products if self.unit.name == "fma" else products * (4 if products <= 8 else 2)
+        if self.unit.name == "fma":
+            return products
+        return products * (4 if self.unit.name == "mma" and products <= 8 else 2)
+
+    def result_rows(self, stage: int) -> int:
+        """Neighbouring channels of a lane's sums."""
+        return min(RESULT_ROWS, self.part.works[stage].rows)
 
     def pixel_lane(self) -> ir.Expr:
         """Which of the pixels that a warp loads side by side is this lane's."""
@@ -325,7 +351,7 @@ class Chain(Block):
 
     def chunk_lane(self) -> ir.Expr | int:
         """Which of the vectors of a unit of depth is this lane's."""
-        return self.lane % self.unit.chunks if self.unit.chunks > 1 else 0
+        return self.lane % self.unit.chunks if self.unit.name != "wgmma" else 0
 
     def position(self, stage: int, pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
         """The row and column of a stage's input that a pixel of its output begins at, within the halo or the tile."""
@@ -351,10 +377,7 @@ class Chain(Block):
         y, x = self.position(stage, pixel)
         if part.input_words(stage):
             at = y * part.halo[1] + x if stage <= part.core_index else pixel
-            begin = self.input_at[stage]
-            if stage == 0 and part.buffers > 1:
-                begin = begin + self.turn % 2 * (part.input_words(0) // 2)
-            return (begin + at * self.unit.pixel_words) // 4
+            return (self.input_start(stage) + at * self.unit.pixel_words) // 4
         conv = part.stages[0]
         y, x = self.tile.in_y0 + y, self.tile.in_x0 + x
         if not self.reads_padding(stage):
@@ -451,7 +474,21 @@ class Chain(Block):
         """Visit a lane's sums, as ``(pixel, first channel of the slice, neighbouring channels)``."""
         part, unit, work = self.part, self.unit, self.part.works[stage]
         columns, rows, width = work.columns, work.rows, unit.row_lanes * work.rows
-        values = local(rows)
+        values = local(self.result_rows(stage))
+        if unit.name == "wgmma":
+            # Of every 32 channels each of four lanes has eight, for two pixels.
+            pixel = T.Bind(pixel_tile * unit.pixels + self.warp % unit.warps * 16 + self.lane // 4)
+            with unrolled(rows // RESULT_ROWS) as i, unrolled(2) as e:
+                with unrolled(RESULT_ROWS) as row:
+                    T.buffer_store(values, acc[(i * 4 + row // 2) * 4 + e * 2 + row % 2], [row])
+                channel = T.Bind(channel_tile * width + i * 32 + self.lane % 4 * RESULT_ROWS)
+                at = T.Bind(pixel + e * 8)
+                inside = all_of(
+                    at < part.pixels(stage) if part.pixels(stage) % unit.pixels else True,
+                    channel < part.slice_channels(stage) if part.slice_channels(stage) % width else True,
+                )
+                when(inside, functools.partial(use, at, channel, values))
+            return
         mma = unit.name == "mma"
         row_lane = self.lane // unit.chunks if mma else self.lane // unit.chunks % unit.row_lanes
         channel = T.Bind(channel_tile * width + row_lane * rows)
@@ -495,7 +532,7 @@ class Chain(Block):
 
     def put(self, stage: int, start: int, row: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Store a lane's sums, one row for each pixel."""
-        rows, at = self.part.works[stage].rows, start + row * self.part.scratch_pitch(stage) + channel
+        rows, at = self.result_rows(stage), start + row * self.part.scratch_pitch(stage) + channel
         for first in range(0, rows, 4):
             run(f"tdc_move{min(4, rows - first)}", self.place(at + first), address(values, first))
 
@@ -509,7 +546,7 @@ class Chain(Block):
         done: Callable[[int, ir.Expr, ir.Expr, tirx.Buffer], None],
     ) -> None:
         """Add ``count`` parts of the depth of so many pixels, ``words`` apart, always in the same order."""
-        part, rows = self.part, self.part.works[stage].rows
+        part, rows = self.part, self.result_rows(stage)
         vectors = part.slice_channels(stage) // rows
 
         def add(item: ir.Expr) -> None:
@@ -529,7 +566,7 @@ class Chain(Block):
 
     def finish(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Add the bias to sums and hand them on: to the next stage, or to the output."""
-        part, rows = self.part, self.part.works[stage].rows
+        part, rows = self.part, self.result_rows(stage)
         if self.buffers.biases[stage] is not None:
             with unrolled(rows) as row:
                 bias = self.shared[self.bias_at[stage] + channel + row]
@@ -554,11 +591,11 @@ class Chain(Block):
             with unrolled(rows) as row:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
         words, count = self.to_words(values, rows)
-        plane = channel // self.unit.depth * part.plane_words(stage + 1)
-        within = channel % self.unit.depth * self.unit.element_bytes // 4
-        at = self.input_at[stage + 1] + plane + pixel * self.unit.pixel_words + within
+        vector = channel // self.unit.vector
+        within = channel % self.unit.vector * self.unit.element_bytes // 4 if rows < self.unit.vector else 0
         for start in range(0, count, 4):
-            run(f"tdc_move{min(4, count - start)}", self.place(at + start), address(words, start))
+            at = self.input_at[stage + 1] + self.place_of(stage + 1, pixel, vector + start // 4) + within
+            run(f"tdc_move{min(4, count - start)}", self.place(at), address(words, start))
 
     def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
         """FP32 values as the words that are stored, and how many."""

@@ -26,7 +26,7 @@ from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
-FIELDS = ("tile_h", "tile_w", "split", "warps")
+FIELDS = ("tile_h", "tile_w", "split", "warps", "group")
 
 
 def stages_of(shape: ConvShape, strategy: str) -> tuple[Conv2dShape, ...]:
@@ -45,7 +45,7 @@ def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tupl
     """The kernels of a configuration, in order."""
     stages = stages_of(shape, config.strategy)
     bounds = (0, *cuts_of(config), len(stages))
-    vector = UNITS[stages[0].precision].vector
+    vector = UNITS[stages[0].precision, 1].vector
     parts = []
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
         values = tuple(config[f"{field}{number or ''}"] for field in FIELDS)
@@ -64,13 +64,14 @@ def make_part(
     out_width: int | None = None,
 ) -> Part:
     """One kernel from values of `FIELDS`; widths in memory are the channels, unless they are given."""
-    tile_h, tile_w, split, warps = values
+    tile_h, tile_w, split, warps, group = values
     return Part(
         stages,
         tile_h,
         tile_w,
         split,
         warps,
+        group,
         device,
         in_width or stages[0].in_channels,
         out_width or stages[-1].out_channels,

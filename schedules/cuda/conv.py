@@ -22,7 +22,8 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import chain_conv, direct, model
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
 from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
-from tdc_tvm.schedules.cuda.space import splits, tiles
+from tdc_tvm.schedules.cuda.space import splits, tiles, tiles_of_eights
+from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
@@ -30,7 +31,7 @@ from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConv
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile.
 _LEAST, _MOST = 8, 256
-_WARPS = (4, 8, 16)
+_WARPS = {1: (4, 8, 16), 4: (4, 8, 12, 16)}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
@@ -100,12 +101,21 @@ def _space(
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
-    options = itertools.product(tiles(core, _LEAST, _MOST), splits(stages, core, MAX_CLUSTER), _WARPS)
-    grid = [(*tile, split, warps) for tile, split, warps in options]
-    part = chain_conv.make_part(stages, np.array(grid).T, device)
-    fits = np.broadcast_to(part.fits, len(grid))
-    latencies_us = np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits]
-    return [values for values, fit in zip(grid, fits, strict=True) if fit], latencies_us
+    ways: list[tuple[int, ...]] = []
+    latencies_us = []
+    for group, warps_of in _WARPS.items():
+        if (core.precision, group) not in UNITS or (group > 1 and device.compute_capability != 90):
+            continue
+        shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
+        options = itertools.product(shapes, splits(stages, core, MAX_CLUSTER), warps_of)
+        grid = [(*tile, split, warps) for tile, split, warps in options]
+        if not grid:
+            continue
+        part = chain_conv.make_part(stages, (*np.array(grid).T, group), device)
+        fits = np.broadcast_to(part.fits, len(grid))
+        latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits])
+        ways += [(*values, group) for values, fit in zip(grid, fits, strict=True) if fit]
+    return ways, np.concatenate(latencies_us)
 
 
 def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> str:

@@ -12,11 +12,28 @@ from tvm import ir, tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.work import WGMMA_ROWS
 from tdc_tvm.schedules.shape import Epilogue
 
 # Groups of copies that can be waited past.
 MOST_PENDING = 7
 _C_TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
+
+# PTX's types of operands, depth of a product of ``mma`` and of ``wgmma``, and what follows that one's scales: both
+# operands lie along the depth.
+_MMA = {"float16": ("f16", 16, ", 0, 0"), "bfloat16": ("bf16", 16, ", 0, 0"), "float32": ("tf32", 8, "")}
+_WGMMA_CHANNELS = tuple(4 * rows for rows in WGMMA_ROWS)
+
+
+def _operands(count: int, start: int = 0) -> str:
+    """Names of operands of inline assembly."""
+    return ", ".join(f"%{start + i}" for i in range(count))
+
+
+def _sums(count: int) -> str:
+    """Operands of inline assembly that are read and written."""
+    return ", ".join(f'"+f"(c[{i}])' for i in range(count))
+
 
 # Definitions by name, without what makes them inline device functions.
 _BODIES = {
@@ -76,7 +93,7 @@ _BODIES = {
   for (int i = 0; i < 2; ++i) {{
     const unsigned *a = (const unsigned*)(i ? a1 : a0), *r = (const unsigned*)b + 2 * i;
     float* c = i ? c1 : c0;
-    asm("mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
+    asm("mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 "
         "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(r[0]), "r"(r[1]));
@@ -91,12 +108,36 @@ _BODIES = {
   }}
 #endif
 }}"""
-        for dtype, shape, kind in (
-            ("float16", "m16n8k16", "f16"),
-            ("bfloat16", "m16n8k16", "bf16"),
-            ("float32", "m16n8k8", "tf32"),
-        )
+        for dtype, (kind, depth, _) in _MMA.items()
     },
+    # Products of four warps: sums of 64 rows of A and ``n`` of B, which descriptors point to, of no swizzling; their
+    # upper halves are distances between eights of rows.
+    **{
+        f"tdc_wgmma_{dtype}_{n}": f"""void tdc_wgmma_{dtype}_{n}(
+    float* c, int a, int a_eights, int b, int b_eights) {{
+  asm volatile("{{\\n .reg .b64 a, b;\\n mov.b64 a, {{%{n // 2}, %{n // 2 + 1}}};\\n"
+      "mov.b64 b, {{%{n // 2 + 2}, %{n // 2 + 3}}};\\n"
+      "wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{_operands(n // 2)}}}, a, b, 1, 1, 1{end};\\n}}"
+      : {_sums(n // 2)} : "r"(a), "r"(a_eights), "r"(b), "r"(b_eights));
+}}"""
+        for dtype, (kind, depth, end) in _MMA.items()
+        for n in _WGMMA_CHANNELS
+    },
+    # Around them: sums are not touched meanwhile.
+    **{
+        f"tdc_wgmma_{name}_{n}": f"""void tdc_wgmma_{name}_{n}(float* c) {{
+  asm volatile("wgmma.{instruction}.sync.aligned{operand};" : {_sums(n // 2)} :: "memory");
+}}"""
+        for name, instruction, operand in (("begin", "fence", ""), ("end", "wait_group", " 0"))
+        for n in _WGMMA_CHANNELS
+    },
+    "tdc_wgmma_commit": """void tdc_wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}""",
+    # For all groups but the last.
+    "tdc_wgmma_wait": """void tdc_wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}""",
     "tdc_tf32": """float tdc_tf32(float value) {
   unsigned bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));

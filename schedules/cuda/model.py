@@ -12,7 +12,7 @@ import numpy as np
 
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, smaller
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE, Part
-from tdc_tvm.schedules.cuda.work import WARP
+from tdc_tvm.schedules.cuda.work import WARP, wgmma_cycles
 from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
@@ -44,6 +44,8 @@ class Constants:
         Latency of a unit of depth, and of each vector that a lane loads.
     overhead_cycles : float
         Instructions of a warp for a unit of depth besides products and loads.
+    group_cycles, drain_cycles : float
+        What a product of four warps together takes besides, and a tile of them.
     chunk_cycles : float
         What a chunk that goes through the ring takes besides: all warps meet.
     stage_cycles, item_cycles : float
@@ -65,6 +67,8 @@ class Constants:
     wait_cycles: float
     load_cycles: float
     overhead_cycles: float
+    group_cycles: float
+    drain_cycles: float
     chunk_cycles: float
     stage_cycles: float
     item_cycles: float
@@ -150,15 +154,19 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     needed: Number = 0
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
-        items, share = channel_tiles * pixel_tiles, part.share(i)
-        products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
-        # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
-        turns_of_work = part.turns_of_work(i)
-        active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
-        of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
-        busy = share * larger(items * work.splits * loads * load_cycles, turns_of_work * active * of_scheduler)
-        unit_cycles = c.wait_cycles + loads * c.load_cycles + products * c.issue_cycles
-        alone = turns_of_work * (share * unit_cycles + c.item_cycles)
+        items, share, turns_of_work = channel_tiles * pixel_tiles, part.share(i), part.turns_of_work(i)
+        if unit.name == "wgmma":
+            cycles = wgmma_cycles(work, unit)
+            busy = share * items * cycles
+            alone = turns_of_work * (share * (cycles + c.group_cycles) + c.drain_cycles)
+        else:
+            products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
+            # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
+            active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
+            of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
+            busy = share * larger(items * work.splits * loads * load_cycles, turns_of_work * active * of_scheduler)
+            unit_cycles = c.wait_cycles + loads * c.load_cycles + products * c.issue_cycles
+            alone = turns_of_work * (share * unit_cycles + c.item_cycles)
         alone = alone + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)

@@ -44,6 +44,11 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
         blocks, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )
+    if unit.name == "wgmma":
+        # (tile, vector of depth, channel, vector); of every 32 channels a lane's eight are results of the columns
+        # 0, 1, 8, 9, 16, ... and so on, of which each of four lanes has two of eight.
+        ordered = split.reshape(blocks, tiles, -1, 4, 4, 2, steps, unit.chunks, unit.vector)
+        packed = ordered.transpose(0, 1, 6, 7, 2, 4, 3, 5, 8)
     if unit.name == "mma":
         # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
         # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.

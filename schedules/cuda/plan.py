@@ -94,6 +94,8 @@ class Part:
         Blocks that share a tile.
     warps : int or array
         Warps of a block.
+    group : int
+        Warps that multiply together: 1, or 4 for ``wgmma``.
     device : DeviceSpec
         The GPU.
     in_width, out_width : int
@@ -105,6 +107,7 @@ class Part:
     tile_w: Number
     split: Number
     warps: Number
+    group: int
     device: DeviceSpec
     in_width: int
     out_width: int
@@ -117,7 +120,7 @@ class Part:
     @property
     def unit(self) -> Unit:
         """What multiplies."""
-        return UNITS[self.precision]
+        return UNITS[self.precision, self.group]
 
     @property
     def last(self) -> int:
@@ -230,7 +233,7 @@ class Part:
 
     @of_stage
     def plane_words(self, stage: int) -> Number:
-        """Words of a stage's input for a unit of depth: all pixels one after the other, as warps load them.
+        """Words of a plane of a stage's input: all pixels one after the other, each with so many channels.
 
         Neighbouring planes begin on different banks.
         """
@@ -241,7 +244,7 @@ class Part:
     def held_words(self, stage: int) -> Number:
         """Words of a stage's input in shared memory."""
         channels = self.slice_channels(stage - 1) if stage else self.in_channels(0)
-        return channels // self.unit.depth * self.plane_words(stage)
+        return channels // (self.unit.vector * self.unit.plane_vectors) * self.plane_words(stage)
 
     @functools.cached_property
     def works(self) -> tuple[Work, ...]:
@@ -267,7 +270,7 @@ class Part:
         further down.
         """
         core = self.core
-        if stage != self.core_index or (core.stride[0], core.dilation[0]) != (1, 1):
+        if self.unit.name == "wgmma" or stage != self.core_index or (core.stride[0], core.dilation[0]) != (1, 1):
             return 1
         kept = (self.tile_w % self.unit.pixels == 0) & (self.is_staged if stage == 0 else True)
         return 1 + (core.kernel[0] - 1) * kept
@@ -350,7 +353,12 @@ class Part:
     def turns_of_work(self, stage: int) -> Number:
         """Warp tiles that a warp computes one after the other."""
         channel_tiles, pixel_tiles = self.tiles_of_work(stage)
-        return ceil_div(channel_tiles * pixel_tiles, self.warps // self.works[stage].splits)
+        return ceil_div(channel_tiles * pixel_tiles, self.teams // self.works[stage].splits)
+
+    @property
+    def teams(self) -> Number:
+        """Warps, or groups of them that multiply together."""
+        return self.warps // self.unit.warps
 
     @of_stage
     def input_words(self, stage: int) -> Number:
@@ -384,7 +392,16 @@ class Part:
         words: Number = 0
         for i, work in enumerate(self.works):
             words = larger(words, (work.splits > 1) * work.splits * self.pixels(i) * self.scratch_pitch(i))
+            # Whole products of ``wgmma`` read behind the last plane's last pixels.
+            if self.unit.name == "wgmma":
+                words = larger(words, self.overrun_words(i))
         return words
+
+    def overrun_words(self, stage: int) -> Number:
+        """Words behind the end of a stage's input that its products read, and whose results are not used."""
+        if stage != self.core_index or self.core.is_pointwise:
+            return 4 * (round_up(self.pixels(stage), self.unit.pixels) - self.pixels(stage))
+        return 4 * (round_up(self.tile_h, self.unit.pixels // 8) - self.tile_h) * self.halo[1]
 
     @of_stage
     def resident_vectors(self, stage: int) -> Number:
@@ -423,6 +440,10 @@ class Part:
             room = room - resident[i] * sizes[i]
         ring = [has_ring & one & (own == 0) for one, own in zip(once, resident, strict=True)]
         return Placement(tuple(resident), tuple(ring), (sum(ring) > 0) * slots, slot)
+
+    def is_held(self, stage: int) -> Number:
+        """Whether a stage's weights go through shared memory."""
+        return self.placement.resident[stage] | self.placement.ring[stage]
 
     @property
     def mailbox_words(self) -> Number:
@@ -508,7 +529,18 @@ class Part:
         fits = (least >= 1) & (self.threads <= MAX_THREADS) & (self.smem_bytes <= device.smem_per_block_optin_bytes)
         most = MAX_CLUSTER if device.compute_capability >= 90 else 1
         fits = fits & ((self.split <= most) | ~np.bool_(len(self.stages) > 1))
+        if self.unit.name == "wgmma":
+            fits = fits & self.has_rows_of_eight & self.is_staged
+            for i in range(len(self.stages)):
+                fits = fits & self.is_held(i)
+            fits = fits & (self.warps % self.group == 0) & (device.compute_capability == 90)
         return fits & (device.compute_capability >= 80 or self.precision not in ("tf32", "bf16"))
+
+    @property
+    def has_rows_of_eight(self) -> Number:
+        """Whether the core's pixels lie as `wgmma` reads them: eight side by side, further rows all as far apart."""
+        core = self.core
+        return (core.stride == (1, 1)) & (core.is_pointwise | (self.tile_w == 8))
 
     def reject_reason(self) -> str:
         """Why the kernel cannot run on the device; empty if it can."""
@@ -524,6 +556,12 @@ class Part:
             return f"needs clusters of {self.split} blocks, {name} has at most {MAX_CLUSTER}"
         if self.precision in ("tf32", "bf16") and compute < 80:
             return f"needs {self.precision} tensor cores; {name} is sm_{compute}, they begin with sm_80"
+        if self.group > 1 and (compute != 90 or self.warps % self.group):
+            return f"needs groups of {self.group} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
+        if self.group > 1 and not self.has_rows_of_eight:
+            return f"needs tiles 8 wide, and stride 1, for groups of {self.group} warps; has tiles {self.tile_w} wide"
+        if self.group > 1 and not (self.is_staged and all(map(self.is_held, range(len(self.stages))))):
+            return "needs more shared memory than there is: groups of warps read input and weights from nowhere else"
         if self.smem_bytes > self.device.smem_per_block_optin_bytes:
             has = self.device.smem_per_block_optin_bytes / 1024
             return f"needs {self.smem_bytes / 1024:.0f} KB of shared memory, {name} has {has:.0f} KB"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.plan import SLICE, slice_channels
 from tdc_tvm.schedules.cuda.work import UNITS
@@ -13,7 +15,7 @@ def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape, most: int) -> lis
 
     One stage is divided by its output channels, several by the channels that the core reads.
     """
-    unit = UNITS[core.precision].depth
+    unit = UNITS[core.precision, 1].depth
     found: list[int] = []
     least = float("inf")
     for split in range(1, most + 1):
@@ -43,3 +45,17 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
             if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
                 found.append((rows, columns))
     return found or [(1, max(1, min(least, core.out_width)))]
+
+
+def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
+    """Tiles for products of 64 pixels, of which at least three quarters are of the tile; none with a stride."""
+    if core.stride != (1, 1):
+        return []
+    widths = extents(core.out_width) if core.is_pointwise else [8]
+    heights = sorted({*extents(core.out_height), 7, 14})
+    found = []
+    for rows, columns in itertools.product(heights, widths):
+        pixels = rows * columns
+        if rows < 2 * core.out_height and pixels <= most and 4 * pixels >= 3 * round_up(pixels, 64):
+            found.append((rows, columns))
+    return found

@@ -51,7 +51,7 @@ class WeightStream:
 
     def is_shared(self, stage: int) -> bool:
         """Whether a stage's weights go through shared memory."""
-        return self.part.placement.resident[stage] or self.part.placement.ring[stage]
+        return bool(self.part.is_held(stage))
 
     def has_mailboxes(self, stage: int) -> bool:
         """Whether a stage's chunks have mailboxes."""

@@ -16,27 +16,31 @@ REGISTERS = 65536
 
 @dataclass(frozen=True)
 class Unit:
-    """What multiplies: tensor cores (``mma``) or CUDA cores (``fma``).
+    """What multiplies: tensor cores (``mma``; ``wgmma`` for four warps together) or CUDA cores (``fma``).
 
     For ``fma`` a warp's lanes lie in a grid: ``row_lanes`` along the channels, ``pixels`` along the
     pixels and ``chunks`` along the depth, whose sums meet at the end.  A lane can so compute many
     results of few operands: shared memory delivers 4 bytes to a lane in a cycle, whatever other lanes
-    load.  For ``mma`` they lie as PTX's ``m16n8`` fragments want them.
+    load.  For ``mma`` they lie as PTX's ``m16n8`` fragments want them.  ``wgmma`` reads its operands
+    from shared memory by itself; its lanes have results only, as in the rows of four lanes that PTX's
+    ``m64`` fragments consist of.
 
     Parameters
     ----------
     name : str
-        ``"mma"`` or ``"fma"``.
+        ``"mma"``, ``"wgmma"`` or ``"fma"``.
     dtype : str
         What is stored.
     vector : int
         Elements in 16 bytes.
     chunks : int
-        Vectors of the depth that the lanes of a warp load side by side.
+        Vectors of the depth of a unit, which the lanes of a warp load side by side.
     pixels : int
         Pixels that they load side by side.
     row_lanes : int
         Sets of channels that they load side by side.
+    warps : int
+        Warps that multiply together.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Unit:
     chunks: int
     pixels: int
     row_lanes: int
+    warps: int = 1
 
     @property
     def depth(self) -> int:
@@ -63,24 +68,36 @@ class Unit:
 
     @property
     def pixel_words(self) -> int:
-        """Words of a pixel's channels of a unit of depth."""
-        return 4 * self.chunks
+        """Words of a pixel's channels that lie side by side in shared memory; the next ones lie in another plane."""
+        return 4 * self.plane_vectors
+
+    @property
+    def plane_vectors(self) -> int:
+        """The same in vectors: a unit of depth, or one, as PTX's core matrices of 8 rows of 16 bytes want it."""
+        return 1 if self.name == "wgmma" else self.chunks
 
 
+# By precision, and by the warps that multiply together.
 UNITS = {
-    "fp32": Unit("fma", "float32", 4, 2, 4, 4),
-    "tf32": Unit("mma", "float32", 4, 4, 8, 8),
-    "fp16": Unit("mma", "float16", 8, 4, 8, 8),
-    "bf16": Unit("mma", "bfloat16", 8, 4, 8, 8),
+    ("fp32", 1): Unit("fma", "float32", 4, 2, 4, 4),
+    ("tf32", 1): Unit("mma", "float32", 4, 4, 8, 8),
+    ("fp16", 1): Unit("mma", "float16", 8, 4, 8, 8),
+    ("bf16", 1): Unit("mma", "bfloat16", 8, 4, 8, 8),
+    ("tf32", 4): Unit("wgmma", "float32", 4, 2, 64, 4, 4),
+    ("fp16", 4): Unit("wgmma", "float16", 8, 2, 64, 4, 4),
+    ("bf16", 4): Unit("wgmma", "bfloat16", 8, 2, 64, 4, 4),
 }
+# Neighbouring channels of a lane's results, at most.
+RESULT_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Work:
     """How the warps of a block share one stage.
 
-    A lane holds ``rows`` neighbouring channels of ``columns`` pixels (twice as many for ``mma``) in
-    registers; the depth is divided into ``splits`` parts, whose sums meet in shared memory.
+    A lane holds ``rows`` channels of ``columns`` pixels (twice as many on tensor cores) in registers;
+    the depth is divided into ``splits`` parts, whose sums meet in shared memory.  The channels are
+    neighbours; those of ``wgmma`` by eights.
     """
 
     rows: Number
@@ -88,9 +105,16 @@ class Work:
     splits: Number
 
 
+# Of the products of ``wgmma``, of 32 channels and more.
+WGMMA_ROWS = (8, 16, 24, 32, 40, 48, 64)
+
+
 @functools.cache
 def work_options(name: str) -> np.ndarray:
     """Ways to share a stage, ``(rows, columns, splits)``, as columns of a table."""
+    if name == "wgmma":
+        # One tile keeps shared memory or the tensor cores busy: parts of the depth gain nothing.
+        return np.array([(rows, 1, 1) for rows in WGMMA_ROWS]).T
     options = [
         (rows, columns, splits)
         for splits in (1, 2, 4, 8, 16)
@@ -137,10 +161,14 @@ def choose_work(
     work = Work(*options.astype(np.float32))
     given = (pixels, channels, units, warps)
     pixels_, channels_, units_, warps_ = (np.asarray(value, np.float32)[..., None] for value in given)
-    groups = np.floor(warps_ / work.splits)
-    allowed = (groups * work.splits == warps_) & ((work.splits == 1) | (work.splits * kept <= units_))
-    allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
-    allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
+    teams = warps_ / unit.warps
+    groups = np.floor(teams / work.splits)
+    allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
+    if unit.name == "wgmma":
+        allowed &= (work.rows == RESULT_ROWS) | (unit.row_lanes * (work.rows - RESULT_ROWS) < channels_)
+    else:
+        allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
+        allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
     allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
     cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
@@ -150,6 +178,8 @@ def choose_work(
 
 def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
     """Registers of a thread, about: two sets of operands, sums, addresses."""
+    if unit.name == "wgmma":
+        return 2 * work.rows + 64
     return 8 * (work.rows + work.columns + kept - 1) + work.rows * work.columns * (1 if unit.name == "fma" else 2) + 40
 
 
@@ -164,6 +194,9 @@ def stage_cycles(
     items = ceil_div(channels, unit.row_lanes * rows) * ceil_div(pixels, unit.pixels * columns)
     share = round_up(ceil_div(units, splits), kept)
     rounds = ceil_div(items, larger(1, groups))
+    if unit.name == "wgmma":
+        cycles = wgmma_cycles(work, unit)
+        return larger(items * share * cycles, rounds * (share * (cycles + 3) + 150 + 10 * rows))
     # Shared memory delivers a vector of 16 bytes to all lanes of a warp in four cycles.
     loads = 4 * (rows + (columns + kept - 1) / kept)
     if unit.name == "mma":
@@ -176,3 +209,9 @@ def stage_cycles(
     # The parts of a depth are written, read and added up by all threads.
     merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
     return larger(busy, alone) + merge
+
+
+def wgmma_cycles(work: Work, unit: Unit) -> Number:
+    """Cycles of the processor for a product of ``wgmma``: 128 bytes of operands, or 64 x 64 x 8 words, in 16."""
+    channels = unit.row_lanes * work.rows
+    return larger(channels / 2, (unit.pixels + channels) / 4)

@@ -85,6 +85,8 @@ struct Fiber {
   int block, thread, phase;
   std::deque<std::vector<Copy>> groups;  // committed copies, by group
   std::vector<Copy> copies;
+  std::vector<size_t> products;  // of four warps, begun before each commit
+  size_t product;
 };
 struct BulkCopy { float* to; const float* from; int bytes, box, rank, source; bool done; };
 struct Warp {
@@ -93,9 +95,14 @@ struct Warp {
   float *c0[32], *c1[32], values[32];
   const float *a0[32], *a1[32], *b[32];
 };
+// Products of four warps: which are begun when all 128 threads have come, and computed in order, at any time until
+// something waits for them.
+struct GroupProduct { int arrived = 0; float* sums[128]; uint64_t a, b; int channels; };
+struct Group { std::vector<GroupProduct> products; size_t done = 0; };
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
+static std::vector<Group> groups_of_warps;
 static std::vector<float> shared_memory;
 static Fiber* self;
 static int threads_of_block, cluster_arrived, cluster_phase;
@@ -248,6 +255,61 @@ template <class T> static void mma(float* c0, float* c1, const float* a0, const 
 MMA(float16, half)
 MMA(bfloat16, nv_bfloat16)
 MMA(float32, float)
+static Group& group_of_self() { return groups_of_warps[(self->block * threads_of_block + self->thread) / 128]; }
+template <class T> static void multiply_group(const GroupProduct& product, int block) {
+  // An address, and how far apart the two halves of the depth and eights of rows are, in 16 bytes.
+  auto at = [&](uint64_t matrix, int row, int half) {
+    int vector = (matrix & 0x3fff) + half * (matrix >> 16 & 0x3fff) + row / 8 * (matrix >> 32 & 0x3fff) + row % 8;
+    return (const T*)(shared_of(block) + vector * 4);
+  };
+  constexpr int n = 16 / sizeof(T);
+  for (int row = 0; row < 64; ++row)
+    for (int column = 0; column < product.channels; ++column) {
+      float sum = 0;
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < n; ++i) sum += float(at(product.a, row, half)[i]) * float(at(product.b, column, half)[i]);
+      int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      product.sums[thread][column / 8 * 4 + row / 8 % 2 * 2 + column % 2] += sum;
+    }
+}
+static void (*group_multiply)(const GroupProduct&, int);
+static bool finish_product(Group& group) {
+  if (group.done == group.products.size() || group.products[group.done].arrived < 128) return false;
+  group_multiply(group.products[group.done++], self->block);
+  ++progress;
+  return true;
+}
+template <class T> static void wgmma(float* c, int a, int a_eights, int b, int b_eights, int channels) {
+  maybe_stop(16);
+  Group& group = group_of_self();
+  if (group.products.size() <= self->product) group.products.resize(self->product + 1);
+  GroupProduct& product = group.products[self->product++];
+  product.a = uint64_t(a_eights) << 32 | unsigned(a);
+  product.b = uint64_t(b_eights) << 32 | unsigned(b);
+  product.channels = channels;
+  product.sums[self->thread % 128] = c;
+  group_multiply = multiply_group<T>;
+  if (++product.arrived == 128)
+    while (one_in(2) && finish_product(group)) {}
+}
+static void wait_for_products(size_t pending) {
+  maybe_stop(4);
+  size_t commits = self->products.size();
+  size_t last = commits > pending ? self->products[commits - pending - 1] : 0;
+  while (group_of_self().done < last)
+    if (!finish_product(group_of_self())) wait_as(AT_WARP);
+}
+static void tdc_wgmma_commit() { self->products.push_back(self->product); }
+static void tdc_wgmma_wait() { wait_for_products(1); }
+#define WGMMA(n) \\
+  static void tdc_wgmma_begin_##n(float*) {} \\
+  static void tdc_wgmma_end_##n(float*) { wait_for_products(0); } \\
+  static void tdc_wgmma_float16_##n(float* c, int a, int ae, int b, int be) { wgmma<half>(c, a, ae, b, be, n); } \\
+  static void tdc_wgmma_bfloat16_##n(float* c, int a, int ae, int b, int be) { \\
+    wgmma<nv_bfloat16>(c, a, ae, b, be, n); \\
+  } \\
+  static void tdc_wgmma_float32_##n(float* c, int a, int ae, int b, int be) { wgmma<float>(c, a, ae, b, be, n); }
+WGMMA(32) WGMMA(64) WGMMA(96) WGMMA(128) WGMMA(160) WGMMA(192) WGMMA(256)
 static void tdc_cluster_arrive() {
   maybe_stop(2);
   expect(self->phase < 0, UNPAIRED);
@@ -325,6 +387,7 @@ static unsigned copy_steps;  // of the scheduler, until a bulk copy is complete,
 static int run_cluster(int first_block, int blocks) {
   std::fill(shared_memory.begin(), shared_memory.end(), std::numeric_limits<float>::quiet_NaN());
   std::fill(warps.begin(), warps.end(), Warp());
+  std::fill(groups_of_warps.begin(), groups_of_warps.end(), Group());
   cluster_arrived = cluster_phase = 0;
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
@@ -333,6 +396,8 @@ static int run_cluster(int first_block, int blocks) {
     fiber.thread = i % threads_of_block;
     fiber.phase = -1;
     fiber.groups.clear();
+    fiber.products.clear();
+    fiber.product = 0;
     fiber.copies.clear();
     fiber.stack.resize(64 * 1024);
     getcontext(&fiber.context);
@@ -400,6 +465,7 @@ static int run(void (*kernel)(void**), void** args, int blocks, int cluster, int
   threads_of_block = threads;
   fibers.resize(cluster * threads);
   warps.resize((cluster * threads + 31) / 32);
+  groups_of_warps.resize((cluster * threads + 127) / 128);
   shared_memory.resize(size_t(cluster) * (SHARED_BYTES / 4));
   for (int block = 0; block < blocks; block += cluster)
     if (run_cluster(block, cluster)) return faults | 1;

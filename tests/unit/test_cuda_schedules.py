@@ -141,11 +141,11 @@ def test_padding_is_zero_after_the_first_bias(tmp_path):
 
 
 def config_of(strategy, *parts, **more):
-    """A configuration from (tile_h, tile_w, split, warps) of each kernel."""
+    """A configuration from (tile_h, tile_w, split, warps) and the warps that multiply together (1) of each kernel."""
     values = [
         (f"{field}{number or ''}", value)
         for number, part in enumerate(parts)
-        for field, value in zip(FIELDS, part, strict=True)
+        for field, value in zip(FIELDS, (*part, 1)[:5], strict=True)
     ]
     return KernelConfig(strategy, (*values, *more.items()))
 
@@ -170,6 +170,32 @@ def test_every_strategy_is_right(tmp_path, precision):
     unpadded = TuckerConvShape(replace(dense, padding=(0, 0, 0, 0)), 33, 17)
     runs.append((gpu_check.Case(unpadded, Epilogue(), (True, True, False)), config_of("dense", (3, 3, 2, 4)), H100))
     assert not emulate(tmp_path, [*runs, (conv_case, config_of("conv", (3, 3, 2, 4)), H100)])
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_four_warps_together_are_right(tmp_path, precision):
+    """`wgmma`: several tiles of pixels and of channels, rings, clusters, more tiles than blocks."""
+    small = replace(H100, core_count=2)
+    tight = replace(H100, smem_per_block_optin_bytes=(120 if precision == "tf32" else 92) * 1024)
+    dense = Conv2dShape(2, 15, 19, 40, 72, (3, 3), padding=SAME, precision=precision)
+    case = gpu_check.Case(TuckerConvShape(dense, 40, 24), Epilogue(True, 0.0), (True, True, True))
+    deep = gpu_check.Case(TuckerConvShape(dense, 72, 24), Epilogue(), (True, False, True))
+    merged = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(), (False, True, False))
+    dilated = Conv2dShape(1, 20, 17, 33, 50, (5, 3), padding=(3, 1, 2, 2), dilation=(2, 1), precision=precision)
+    runs = [
+        (case, config_of("tile", (8, 8, 1, 8, 4)), H100),
+        (case, config_of("tile", (16, 8, 1, 4, 4)), small),
+        (deep, config_of("tile", (7, 8, 1, 16, 4)), tight),
+        (case, config_of("cluster", (7, 8, 3, 4, 4)), small),
+        (case, config_of("two", (7, 9, 2, 4, 4), (8, 8, 2, 8, 4), cut=1), H100),
+        (case, config_of("two", (16, 8, 1, 16, 4), (3, 19, 1, 4), cut=2), small),
+        (case, config_of("three", (3, 19, 1, 4, 4), (5, 8, 1, 8, 4), (16, 16, 3, 8, 4)), small),
+        (merged, config_of("dense", (8, 8, 2, 16, 4)), tight),
+        (gpu_check.Case(dilated, Epilogue(), (True,)), config_of("conv", (7, 8, 1, 8, 4)), tight),
+    ]
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    assert max(part.rounds for part in parts) > 1 and any(any(part.placement.ring) for part in parts)
+    assert not emulate(tmp_path, runs)
 
 
 def test_blocks_can_compute_several_tiles(tmp_path):
