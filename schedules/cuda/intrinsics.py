@@ -146,6 +146,10 @@ _BODIES = {
     "tdc_swap": """float tdc_swap(float value) {
   return __shfl_xor_sync(0xffffffffu, value, 1);
 }""",
+    # The same in all lanes of a warp, for the compiler to know it.
+    "tdc_uniform": """int tdc_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}""",
     "tdc_pack_float16": """float tdc_pack_float16(float low, float high) {
   half2 pair = __floats2half2_rn(low, high);
   return *(float*)&pair;

@@ -112,15 +112,14 @@ class Pixels:
     stage : int
         Of its stages.
     places : sequence of Buffer
-        Where this lane's pixels begin, and their rows and columns; none for who does not load.
+        Where this lane's pixels begin, and their rows and columns.
     split : Expr
         Which part of the depth.
     """
 
-    def __init__(self, chain: Chain, stage: int, places: Sequence[tirx.Buffer] = (), split: ir.Expr | int = 0):
+    def __init__(self, chain: Chain, stage: int, places: Sequence[tirx.Buffer], split: ir.Expr):
         self.chain, self.stage, self.part = chain, stage, chain.part
-        if places:
-            self.starts, self.rows, self.columns = places
+        self.starts, self.rows, self.columns = places
         part, work = chain.part, chain.part.works[stage]
         self.conv, self.kept = part.stages[stage], part.rows_kept(stage)
         self.count = work.columns + self.kept - 1
@@ -134,24 +133,20 @@ class Pixels:
             # Behind the end the weights are zero, and the pixels those of the last step.
             self.last = T.Bind(tirx.min(steps, units - self.first) - 1)
         # Vectors from a unit of depth to the next.
-        self.plane = part.plane_words(stage) // 4 * (part.unit.chunks // part.unit.plane_vectors)
+        self.plane = part.plane_words(stage) // 4
         # In vectors from where a pixel begins; steps left in a tap, and the tap's column.
         self.at, self.left, self.column = (local(1, "int32") for _ in range(3))
 
     def begin(self, registers: tirx.Buffer) -> None:
         """Load the first step."""
         if self.part.input_words(self.stage):
-            self.start()
+            tap = self.first // self.per_tap
+            y, x = self.offset(tap)
+            at = self.first % self.per_tap * self.plane + self.chain.chunk_lane()
+            T.buffer_store(self.at, at + (y * self.part.halo[1] + x) * self.part.unit.chunks, [0])
+            T.buffer_store(self.left, self.per_tap - self.first % self.per_tap, [0])
+            T.buffer_store(self.column, tap % self.conv.kernel[1], [0])
         self.load(registers, 0)
-
-    def start(self) -> None:
-        """Go to the first step."""
-        tap = self.first // self.per_tap
-        y, x = self.offset(tap)
-        at = self.first % self.per_tap * self.plane + self.chain.chunk_lane()
-        T.buffer_store(self.at, at + (y * self.part.halo[1] + x) * self.part.unit.plane_vectors, [0])
-        T.buffer_store(self.left, self.per_tap - self.first % self.per_tap, [0])
-        T.buffer_store(self.column, tap % self.conv.kernel[1], [0])
 
     def offset(self, tap: ir.Expr | int) -> tuple[ir.Expr | int, ir.Expr | int]:
         """Rows and columns from a pixel to a tap."""
@@ -164,13 +159,8 @@ class Pixels:
         if not self.part.input_words(self.stage):
             self.load(registers, tirx.min(number, self.last))
             return
-        self.advance(number)
-        self.load(registers, number)
-
-    def advance(self, number: ir.Expr | int) -> None:
-        """Go on to the step ``number``, the one after the last; behind the end stay there."""
         part, conv = self.part, self.conv
-        pixel = part.unit.plane_vectors
+        pixel = part.unit.chunks
         delta: ir.Expr | int = self.plane
         if conv.kernel != (1, 1):
             left, column = T.Bind(self.left[0] - 1), T.Bind(self.column[0] + 1)
@@ -182,6 +172,7 @@ class Pixels:
             delta = tirx.Select(ends, conv.dilation[1] * pixel - (self.per_tap - 1) * self.plane, delta)
             delta = delta + tirx.Select(is_row, row * pixel, 0)
         T.buffer_store(self.at, self.at[0] + tirx.Select(number <= self.last, delta, 0), [0])
+        self.load(registers, number)
 
     def load(self, registers: tirx.Buffer, number: ir.Expr | int) -> None:
         """Load a step from where it lies."""

@@ -308,6 +308,8 @@ class Part:
     def ring_units(self, stage: int) -> Number:
         """Units of depth of a chunk that goes through the ring, in each part of it: one, or whole turns of a loop."""
         share, kept = self.share(stage), self.rows_kept(stage)
+        if self.unit.name == "wgmma":
+            return self.whole_taps(stage, _CHUNK_BYTES)
         turn = kept + (kept == 1)
         most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // turn * turn)
         even = ceil_div(share, ceil_div(share, most))
@@ -319,8 +321,24 @@ class Part:
         share, kept = self.share(stage), self.rows_kept(stage)
         if not self.has_bulk_copies:
             return share
+        if self.unit.name == "wgmma":
+            return self.whole_taps(stage, _PIECE_BYTES)
         count = ceil_div(share * self.unit_vectors(stage), _PIECE_BYTES // 16)
         return smaller(round_up(ceil_div(share, count), kept + (kept == 1)), share)
+
+    def whole_taps(self, stage: int, most_bytes: int) -> Number:
+        """Units of depth of a chunk of at most so many bytes, about: some taps, or an even part of one; all alike."""
+        per_tap, taps = self.in_channels(stage) // self.unit.depth, self.depth_units(stage)
+        taps = taps // per_tap
+        most = most_bytes // (16 * self.unit_vectors(stage))
+        units = per_tap * 0 + 1
+        for parts in range(min(64, int(np.max(per_tap))), 0, -1):
+            is_even = (per_tap % parts == 0) & (per_tap // parts <= most)
+            units = units + is_even * (larger(units, per_tap // parts) - units)
+        for count in range(1, int(np.max(taps)) + 1):
+            is_even = (taps % count == 0) & (count * per_tap <= most)
+            units = units + is_even * (larger(units, count * per_tap) - units)
+        return units
 
     @of_stage
     def chunk_units(self, stage: int) -> Number:

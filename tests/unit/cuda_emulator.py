@@ -224,6 +224,7 @@ static float tdc_swap(float value) {
   __syncwarp();
   return value;
 }
+static int tdc_uniform(int value) { return value; }
 template <class T> static void mma(float* c0, float* c1, const float* a0, const float* a1, const float* b) {
   Warp& warp = warp_of_self();
   int lane = self->thread % 32;
