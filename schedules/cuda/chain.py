@@ -289,7 +289,7 @@ class Chain(Block):
         part, unit, work = self.part, self.unit, self.part.works[stage]
         channel_tiles, pixel_tiles = part.tiles_of_work(stage)
         items, groups = channel_tiles * pixel_tiles, part.teams // work.splits
-        team = T.Bind(self.warp // unit.warps)
+        team = T.Bind(self.warp if unit.warps == 1 else call("tdc_uniform", self.warp // unit.warps, returns="int32"))
         acc = local(self.sums(stage))
         # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
         starts = local(work.columns, "int32")

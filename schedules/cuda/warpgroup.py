@@ -48,9 +48,9 @@ def multiply(chain: Chain, stage: int, acc: tirx.Buffer, channel_tile: ir.Expr, 
     taps, steps = max(1, units // per_tap), min(units, per_tap)
     cursor = Cursor(chain.stream, stage)
     cursor.begin()
-    run(f"tdc_wgmma_begin_{channels}", address(acc, 0))
     with T.serial(chunks, unroll=False) as chunk:
         b = T.Bind(b_start + cursor.chunk_at() // 4)
+        run(f"tdc_wgmma_begin_{channels}", address(acc, 0))
         first = T.Bind(chunk * units % per_tap * (2 * plane))
         with unrolled(taps) as tap_of_chunk:
             tap = chunk * units // per_tap + tap_of_chunk
