@@ -37,7 +37,8 @@ class Measured:
     times_us : numpy.ndarray
         Medians.
     groups : list of (indices, parts)
-        Which of the times belong to configurations of the same stages cut in the same places, and their kernels.
+        Which of the times belong to configurations of the same stages cut in the same places, of the same units,
+        and their kernels.
     """
 
     text: str
@@ -69,15 +70,16 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
         by_stages: dict[tuple, list[int]] = {}
         for index, record in enumerate(members):
             config = KernelConfig(record["strategy"], tuple(record["config"].items()))
-            stages = chain_conv.stages_of(shape, config.strategy)
-            by_stages.setdefault((stages, chain_conv.cuts_of(config)), []).append(index)
+            stages, cuts = chain_conv.stages_of(shape, config.strategy), chain_conv.cuts_of(config)
+            units = tuple(config[f"group{number or ''}"] for number in range(len(cuts) + 1))
+            by_stages.setdefault((stages, cuts, units), []).append(index)
         groups = []
-        for (stages, cuts), indices in by_stages.items():
+        for (stages, cuts, units), indices in by_stages.items():
             parts = []
             for number, (begin, end) in enumerate(itertools.pairwise((0, *cuts, len(stages)))):
-                names = [f"{field}{number or ''}" for field in chain_conv.FIELDS]
+                names = [f"{field}{number or ''}" for field in chain_conv.FIELDS[:-1]]
                 values = np.array([[members[i]["config"][name] for i in indices] for name in names])
-                parts.append(chain_conv.make_part(stages[begin:end], values, device))
+                parts.append(chain_conv.make_part(stages[begin:end], (*values, units[number]), device))
             groups.append((np.array(indices), parts))
         times = np.array([record["warm"]["ours"]["median_us"] for record in members])
         found.append(Measured(text, stages[0].precision, times, groups))
@@ -93,7 +95,7 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
         parts = []
         for layer in layers:
             # What is far from the best is never picked: it counts by how near it is.
-            weight = (layer.times_us.min() / layer.times_us) ** 1.5
+            weight = (layer.times_us.min() / layer.times_us) ** 4
             parts.append(weight * np.log(layer.predict(constants) / layer.times_us) / np.sqrt(len(weight)))
         # Constants that the data do not tell stay where they are.
         return np.concatenate([*parts, 0.01 * (logarithms - origin)])

@@ -10,7 +10,7 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda import warpgroup
-from tdc_tvm.schedules.cuda.arith import ceil_div
+from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.operands import Pixels, Weights
@@ -62,11 +62,13 @@ class Chain(Block):
         for stage in range(len(part.stages)):
             self.bias_at.append(at)
             at += part.slice_channels(stage)
+        if self.unit.name == "wgmma":
+            at = round_up(at, self.unit.pixel_words)
         for stage in range(len(part.stages)):
             self.input_at.append(at)
             at += part.input_words(stage)
         self.scratch_at = at
-        assert 4 * (at + part.scratch_words) == part.smem_bytes
+        assert 4 * (at + part.scratch_words) <= part.smem_bytes
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
         """Emit the kernel's body.
@@ -222,7 +224,7 @@ class Chain(Block):
         column, vector = T.Bind(item // vectors), T.Bind(item % vectors)
         x, channel = T.Bind(tile.in_x0 + column), T.Bind(self.own_channels() + vector * self.unit.vector)
         start = T.Bind(self.offset(tile.image, tile.in_y0 + first, x) + channel)
-        word = T.Bind(at + self.place_of(0, first * part.halo[1] + column, vector))
+        pixel = T.Bind(first * part.halo[1] + column)
         steps = ceil_div(part.halo[0], rows)
 
         def copy(step: ir.Expr) -> None:
@@ -236,7 +238,8 @@ class Chain(Block):
                 y < conv.height,
             )
             from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * part.in_width))
-            self.copy_vector(word + step * (rows * part.halo[1] * self.unit.pixel_words), from_, inside, channel)
+            word = self.place_of(0, at, pixel + step * (rows * part.halo[1]), vector)
+            self.copy_vector(word, from_, inside, channel)
 
         def copy_all() -> None:
             with T.serial(steps, unroll=min(8, steps)) as step:
@@ -245,11 +248,14 @@ class Chain(Block):
 
         when(is_item, copy_all)
 
-    def place_of(self, stage: int, pixel: ir.Expr, vector: ir.Expr) -> ir.Expr:
-        """The word of a stage's input where a vector of a pixel's channels lies."""
-        in_plane = self.unit.plane_vectors
-        plane, within = vector // in_plane * self.part.plane_words(stage), vector % in_plane * 4
-        return plane + pixel * self.unit.pixel_words + within
+    def place_of(self, stage: int, start: ir.Expr | int, pixel: ir.Expr, vector: ir.Expr) -> ir.Expr:
+        """The word where a vector of a pixel's channels lies in a stage's input, which begins at a word."""
+        row = start + vector // self.unit.chunks * self.part.plane_words(stage) + pixel * self.unit.pixel_words
+        within = vector % self.unit.chunks
+        if self.unit.name == "wgmma":
+            row = T.Bind(row)
+            within = within ^ warpgroup.swizzle(row)
+        return row + within * 4
 
     def input_start(self, stage: int) -> ir.Expr | int:
         """The word where a stage's input begins."""
@@ -351,7 +357,7 @@ class Chain(Block):
 
     def chunk_lane(self) -> ir.Expr | int:
         """Which of the vectors of a unit of depth is this lane's."""
-        return self.lane % self.unit.chunks if self.unit.name != "wgmma" else 0
+        return self.lane % self.unit.chunks
 
     def position(self, stage: int, pixel: ir.Expr) -> tuple[ir.Expr, ir.Expr]:
         """The row and column of a stage's input that a pixel of its output begins at, within the halo or the tile."""
@@ -594,7 +600,7 @@ class Chain(Block):
         vector = channel // self.unit.vector
         within = channel % self.unit.vector * self.unit.element_bytes // 4 if rows < self.unit.vector else 0
         for start in range(0, count, 4):
-            at = self.input_at[stage + 1] + self.place_of(stage + 1, pixel, vector + start // 4) + within
+            at = self.place_of(stage + 1, self.input_at[stage + 1], pixel, vector + start // 4) + within
             run(f"tdc_move{min(4, count - start)}", self.place(at), address(words, start))
 
     def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:

@@ -110,8 +110,8 @@ _BODIES = {
 }}"""
         for dtype, (kind, depth, _) in _MMA.items()
     },
-    # Products of four warps: sums of 64 rows of A and ``n`` of B, which descriptors point to, of no swizzling; their
-    # upper halves are distances between eights of rows.
+    # Products of four warps: sums of 64 rows of A and ``n`` of B, which descriptors point to; their upper halves are
+    # distances between eights of rows, and the swizzling mode.
     **{
         f"tdc_wgmma_{dtype}_{n}": f"""void tdc_wgmma_{dtype}_{n}(
     float* c, int a, int a_eights, int b, int b_eights) {{

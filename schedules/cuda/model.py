@@ -160,7 +160,9 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
             busy = share * items * cycles
             alone = turns_of_work * (share * (cycles + c.group_cycles) + c.drain_cycles)
         else:
-            products, loads = work.rows * work.columns, work.rows + part.pixel_loads(i)
+            # Pixels that are loaded side by side, but do not lie so, are on the same banks.
+            conflicts = 2 if i == part.core_index and part.core.stride[1] > 1 else 1
+            products, loads = work.rows * work.columns, work.rows + conflicts * part.pixel_loads(i)
             # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
             active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
             of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)

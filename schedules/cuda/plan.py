@@ -233,18 +233,20 @@ class Part:
 
     @of_stage
     def plane_words(self, stage: int) -> Number:
-        """Words of a plane of a stage's input: all pixels one after the other, each with so many channels.
+        """Words of a stage's input for a unit of depth: all pixels one after the other, as warps load them.
 
-        Neighbouring planes begin on different banks.
+        Neighbouring planes begin on different banks, unless all are read alike.
         """
         words = self.unit.pixel_words
+        if self.unit.name == "wgmma":
+            return words * self.in_pixels(stage)
         return words * (round_up(self.in_pixels(stage) - 1, 32 // words) + 1)
 
     @of_stage
     def held_words(self, stage: int) -> Number:
         """Words of a stage's input in shared memory."""
         channels = self.slice_channels(stage - 1) if stage else self.in_channels(0)
-        return channels // (self.unit.vector * self.unit.plane_vectors) * self.plane_words(stage)
+        return channels // self.unit.depth * self.plane_words(stage)
 
     @functools.cached_property
     def works(self) -> tuple[Work, ...]:
@@ -418,8 +420,10 @@ class Part:
     def overrun_words(self, stage: int) -> Number:
         """Words behind the end of a stage's input that its products read, and whose results are not used."""
         if stage != self.core_index or self.core.is_pointwise:
-            return 4 * (round_up(self.pixels(stage), self.unit.pixels) - self.pixels(stage))
-        return 4 * (round_up(self.tile_h, self.unit.pixels // 8) - self.tile_h) * self.halo[1]
+            pixels = round_up(self.pixels(stage), self.unit.pixels) - self.pixels(stage)
+        else:
+            pixels = (round_up(self.tile_h, self.unit.pixels // 8) - self.tile_h) * self.halo[1]
+        return self.unit.pixel_words * pixels
 
     @of_stage
     def resident_vectors(self, stage: int) -> Number:
@@ -484,7 +488,9 @@ class Part:
         """Shared memory without weights and the kernel's input."""
         handed_on = sum(self.input_words(i) for i in range(1, len(self.stages)))
         biases = sum(map(self.slice_channels, range(len(self.stages))))
-        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on
+        # Rows that are read as a whole begin at multiples of their size.
+        aligned = self.unit.pixel_words * (self.unit.name == "wgmma")
+        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on + aligned
 
     @functools.cached_property
     def fixed_words(self) -> Number:

@@ -68,13 +68,8 @@ class Unit:
 
     @property
     def pixel_words(self) -> int:
-        """Words of a pixel's channels that lie side by side in shared memory; the next ones lie in another plane."""
-        return 4 * self.plane_vectors
-
-    @property
-    def plane_vectors(self) -> int:
-        """The same in vectors: a unit of depth, or one, as PTX's core matrices of 8 rows of 16 bytes want it."""
-        return 1 if self.name == "wgmma" else self.chunks
+        """Words of a pixel's channels of a unit of depth."""
+        return 4 * self.chunks
 
 
 # By precision, and by the warps that multiply together.
@@ -83,9 +78,9 @@ UNITS = {
     ("tf32", 1): Unit("mma", "float32", 4, 4, 8, 8),
     ("fp16", 1): Unit("mma", "float16", 8, 4, 8, 8),
     ("bf16", 1): Unit("mma", "bfloat16", 8, 4, 8, 8),
-    ("tf32", 4): Unit("wgmma", "float32", 4, 2, 64, 4, 4),
-    ("fp16", 4): Unit("wgmma", "float16", 8, 2, 64, 4, 4),
-    ("bf16", 4): Unit("wgmma", "bfloat16", 8, 2, 64, 4, 4),
+    ("tf32", 4): Unit("wgmma", "float32", 4, 4, 64, 4, 4),
+    ("fp16", 4): Unit("wgmma", "float16", 8, 4, 64, 4, 4),
+    ("bf16", 4): Unit("wgmma", "bfloat16", 8, 4, 64, 4, 4),
 }
 # Neighbouring channels of a lane's results, at most.
 RESULT_ROWS = 8
@@ -212,6 +207,6 @@ def stage_cycles(
 
 
 def wgmma_cycles(work: Work, unit: Unit) -> Number:
-    """Cycles of the processor for a product of ``wgmma``: 128 bytes of operands, or 64 x 64 x 8 words, in 16."""
+    """Cycles of the processor for a unit of depth of a tile of ``wgmma``: 4 x 64 words multiplied, or 32 read, in one."""
     channels = unit.row_lanes * work.rows
-    return larger(channels / 2, (unit.pixels + channels) / 4)
+    return larger(channels, (unit.pixels + channels) / 2)

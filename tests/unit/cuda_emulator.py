@@ -258,8 +258,13 @@ MMA(bfloat16, nv_bfloat16)
 MMA(float32, float)
 static Group& group_of_self() { return groups_of_warps[(self->block * threads_of_block + self->thread) / 128]; }
 template <class T> static void multiply_group(const GroupProduct& product, int block) {
-  // An address, and how far apart the two halves of the depth and eights of rows are, in 16 bytes.
+  // An address, and how far apart the two halves of the depth and eights of rows are, in 16 bytes; or rows of 64
+  // bytes, swizzled.
   auto at = [&](uint64_t matrix, int row, int half) {
+    if (matrix >> 62 == 2) {
+      unsigned byte = 16 * ((matrix & 0x3fff) + row / 8 * (matrix >> 32 & 0x3fff) + row % 8 * 4 + half);
+      return (const T*)((const char*)shared_of(block) + (byte ^ (byte >> 7 & 3) << 4));
+    }
     int vector = (matrix & 0x3fff) + half * (matrix >> 16 & 0x3fff) + row / 8 * (matrix >> 32 & 0x3fff) + row % 8;
     return (const T*)(shared_of(block) + vector * 4);
   };
@@ -285,7 +290,7 @@ template <class T> static void wgmma(float* c, int a, int a_eights, int b, int b
   Group& group = group_of_self();
   if (group.products.size() <= self->product) group.products.resize(self->product + 1);
   GroupProduct& product = group.products[self->product++];
-  product.a = uint64_t(a_eights) << 32 | unsigned(a);
+  product.a = uint64_t(unsigned(a_eights)) << 32 | unsigned(a);
   product.b = uint64_t(b_eights) << 32 | unsigned(b);
   product.channels = channels;
   product.sums[self->thread % 128] = c;
