@@ -224,7 +224,8 @@ class Chain(Block):
         column, vector = T.Bind(item // vectors), T.Bind(item % vectors)
         x, channel = T.Bind(tile.in_x0 + column), T.Bind(self.own_channels() + vector * self.unit.vector)
         start = T.Bind(self.offset(tile.image, tile.in_y0 + first, x) + channel)
-        pixel = T.Bind(first * part.halo[1] + column)
+        pixel = T.Bind(self.pixel_at(0, first, column))
+        width = part.row_pixels if part.core_index == 0 else part.halo[1]
         steps = ceil_div(part.halo[0], rows)
 
         def copy(step: ir.Expr) -> None:
@@ -238,7 +239,7 @@ class Chain(Block):
                 y < conv.height,
             )
             from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * part.in_width))
-            word = self.place_of(0, at, pixel + step * (rows * part.halo[1]), vector)
+            word = self.place_of(0, at, pixel + step * (rows * width), vector)
             self.copy_vector(word, from_, inside, channel)
 
         def copy_all() -> None:
@@ -247,6 +248,13 @@ class Chain(Block):
                 when(is_row, lambda: copy(step))
 
         when(is_item, copy_all)
+
+    def pixel_at(self, stage: int, y: ir.Expr | int, x: ir.Expr) -> ir.Expr:
+        """The number of a pixel of the halo in a stage's input."""
+        part, stride = self.part, self.part.core.stride[1]
+        if part.is_phased and stage == part.core_index:
+            return y * part.row_pixels + x % stride * (part.row_pixels // stride) + x // stride
+        return y * part.halo[1] + x
 
     def place_of(self, stage: int, start: ir.Expr | int, pixel: ir.Expr, vector: ir.Expr) -> ir.Expr:
         """The word where a vector of a pixel's channels lies in a stage's input, which begins at a word."""
@@ -382,7 +390,7 @@ class Chain(Block):
         part = self.part
         y, x = self.position(stage, pixel)
         if part.input_words(stage):
-            at = y * part.halo[1] + x if stage <= part.core_index else pixel
+            at = self.pixel_at(stage, y, x) if stage <= part.core_index else pixel
             return (self.input_start(stage) + at * self.unit.pixel_words) // 4
         conv = part.stages[0]
         y, x = self.tile.in_y0 + y, self.tile.in_x0 + x
@@ -597,6 +605,8 @@ class Chain(Block):
             with unrolled(rows) as row:
                 T.buffer_store(values, tirx.Select(inside, values[row], tirx.const(0, "float32")), [row])
         words, count = self.to_words(values, rows)
+        if part.is_phased and stage + 1 == part.core_index:
+            pixel = self.pixel_at(stage + 1, pixel // part.halo[1], pixel % part.halo[1])
         vector = channel // self.unit.vector
         within = channel % self.unit.vector * self.unit.element_bytes // 4 if rows < self.unit.vector else 0
         for start in range(0, count, 4):

@@ -109,8 +109,6 @@ def _space(
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
         options = itertools.product(shapes, splits(stages, core, MAX_CLUSTER), warps_of)
         grid = [(*tile, split, warps) for tile, split, warps in options]
-        if not grid:
-            continue
         part = chain_conv.make_part(stages, (*np.array(grid).T, group), device)
         fits = np.broadcast_to(part.fits, len(grid))
         latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits])

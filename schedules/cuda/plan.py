@@ -151,6 +151,16 @@ class Part:
             (self.tile_w - 1) * core.stride[1] + (core.kernel[1] - 1) * core.dilation[1] + 1,
         )
 
+    @property
+    def is_phased(self) -> bool:
+        """Whether pixels of the core's input that are multiplied side by side lie so: by phases of the stride."""
+        return self.unit.name == "wgmma" and self.core.stride[1] > 1
+
+    @property
+    def row_pixels(self) -> Number:
+        """Places of a row of the core's input."""
+        return round_up(self.halo[1], self.core.stride[1]) if self.is_phased else self.halo[1]
+
     @functools.cached_property
     def tiles(self) -> tuple[Number, Number]:
         """Tiles of an image, down and across."""
@@ -201,7 +211,9 @@ class Part:
 
     def in_pixels(self, stage: int) -> Number:
         """Positions of a stage's input that a block needs."""
-        return self.halo[0] * self.halo[1] if stage <= self.core_index else self.pixels(stage)
+        if stage < self.core_index:
+            return self.halo[0] * self.halo[1]
+        return self.halo[0] * self.row_pixels if stage == self.core_index else self.pixels(stage)
 
     def is_sliced(self, stage: int) -> bool:
         """Whether each of the blocks that share a tile has weights of its own."""
@@ -422,7 +434,8 @@ class Part:
         if stage != self.core_index or self.core.is_pointwise:
             pixels = round_up(self.pixels(stage), self.unit.pixels) - self.pixels(stage)
         else:
-            pixels = (round_up(self.tile_h, self.unit.pixels // 8) - self.tile_h) * self.halo[1]
+            rows = round_up(self.tile_h, self.unit.pixels // 8) - self.tile_h
+            pixels = rows * self.core.stride[0] * self.row_pixels
         return self.unit.pixel_words * pixels
 
     @of_stage
@@ -563,8 +576,7 @@ class Part:
     @property
     def has_rows_of_eight(self) -> Number:
         """Whether the core's pixels lie as `wgmma` reads them: eight side by side, further rows all as far apart."""
-        core = self.core
-        return (core.stride == (1, 1)) & (core.is_pointwise | (self.tile_w == 8))
+        return self.core.is_pointwise | (self.tile_w == 8)
 
     def reject_reason(self) -> str:
         """Why the kernel cannot run on the device; empty if it can."""
@@ -583,7 +595,7 @@ class Part:
         if self.group > 1 and (compute != 90 or self.warps % self.group):
             return f"needs groups of {self.group} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
         if self.group > 1 and not self.has_rows_of_eight:
-            return f"needs tiles 8 wide, and stride 1, for groups of {self.group} warps; has tiles {self.tile_w} wide"
+            return f"needs tiles 8 wide for groups of {self.group} warps; has tiles {self.tile_w} wide"
         if self.group > 1 and not (self.is_staged and all(map(self.is_held, range(len(self.stages))))):
             return "needs more shared memory than there is: groups of warps read input and weights from nowhere else"
         if self.smem_bytes > self.device.smem_per_block_optin_bytes:

@@ -48,9 +48,7 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
 
 
 def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
-    """Tiles for products of 64 pixels, of which at least three quarters are of the tile; none with a stride."""
-    if core.stride != (1, 1):
-        return []
+    """Tiles for products of 64 pixels, of which at least three quarters are of the tile."""
     widths = extents(core.out_width) if core.is_pointwise else [8]
     heights = sorted({*extents(core.out_height), 7, 14})
     found = []

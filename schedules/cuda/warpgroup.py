@@ -41,7 +41,7 @@ def multiply(chain: Chain, stage: int, acc: tirx.Buffer, channel_tile: ir.Expr, 
     pixel, plane = unit.chunks, part.plane_words(stage) // 4
     is_windowed = stage == part.core_index and not part.core.is_pointwise
     # A tile of a windowed stage is eight rows of eight pixels.
-    between_eights = pixel * (part.halo[1] if is_windowed else 8)
+    between_eights = pixel * (part.row_pixels * conv.stride[0] if is_windowed else 8)
     base = T.Bind(chain.base // 16 % _ADDRESSES)
     a_tile = chain.input_start(stage) // 4 + pixel_tile * (8 * between_eights)
     a_start = T.Bind(call("tdc_uniform", base + a_tile, returns="int32"))
@@ -59,7 +59,7 @@ def multiply(chain: Chain, stage: int, acc: tirx.Buffer, channel_tile: ir.Expr, 
         with unrolled(taps) as tap_of_chunk:
             tap = chunk * units // per_tap + tap_of_chunk
             y, x = tap // conv.kernel[1] * conv.dilation[0], tap % conv.kernel[1] * conv.dilation[1]
-            a = a_start + ((y * part.halo[1] + x) * pixel if is_windowed else 0) + first
+            a = a_start + (chain.pixel_at(stage, y, x) * pixel if is_windowed else 0) + first
             with unrolled(steps) as step, unrolled(_PRODUCTS) as half:
                 a_at = a + step * plane + half * (unit.chunks // _PRODUCTS)
                 b_at = b + (tap_of_chunk * steps + step) * unit_vectors + half * (unit_vectors // _PRODUCTS)

@@ -194,6 +194,11 @@ def test_four_warps_together_are_right(tmp_path, precision):
         (merged, config_of("dense", (8, 8, 2, 16, 4)), tight),
         (gpu_check.Case(dilated, Epilogue(), (True,)), config_of("conv", (7, 8, 1, 8, 4)), tight),
     ]
+    for stride in (2, 1), (1, 2), (3, 2):
+        strided = replace(dense, stride=stride)
+        tucker = TuckerConvShape(strided, 40, 24)
+        runs.append((gpu_check.Case(tucker, Epilogue(), (True, True, False)), config_of("tile", (7, 8, 1, 8, 4)), H100))
+        runs.append((gpu_check.Case(strided, Epilogue(), (False,)), config_of("conv", (4, 8, 2, 4, 4)), small))
     parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
     assert max(part.rounds for part in parts) > 1 and any(any(part.placement.ring) for part in parts)
     assert not emulate(tmp_path, runs)
