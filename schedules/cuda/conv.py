@@ -66,7 +66,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
         least = latencies_us.min(initial=np.inf)
         for i in np.flatnonzero(latencies_us == least) if only_best else range(len(ways)):
             strategy = one_block if ways[i][2] == 1 else several
-            found.append((KernelConfig(strategy, tuple(zip(FIELDS, ways[i], strict=True))), latencies_us[i]))
+            found.append((KernelConfig(strategy, tuple(zip(FIELDS, ways[i].tolist(), strict=True))), latencies_us[i]))
 
     if isinstance(shape, Conv2dShape):
         add((shape,), "conv", "conv")
@@ -80,7 +80,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
         for begin, end in itertools.pairwise((0, *cuts, 3)):
             ways, latencies_us = _space(stages[begin:end], device, False)
             order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
-            spaces.append([(ways[i], latencies_us[i]) for i in order])
+            spaces.append([(ways[i].tolist(), latencies_us[i]) for i in order])
         for chosen in itertools.product(*spaces):
             named = tuple(
                 (f"{field}{number or ''}", value)
@@ -98,22 +98,21 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
 @functools.lru_cache(maxsize=1024)
 def _space(
     stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool
-) -> tuple[list[tuple[int, ...]], np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
-    ways: list[tuple[int, ...]] = []
-    latencies_us = []
+    ways, latencies_us = [], []
     for group, warps_of in _WARPS.items():
         if (core.precision, group) not in UNITS or (group > 1 and device.compute_capability != 90):
             continue
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
         options = itertools.product(shapes, splits(stages, core, MAX_CLUSTER), warps_of)
-        grid = [(*tile, split, warps) for tile, split, warps in options]
-        part = chain_conv.make_part(stages, (*np.array(grid).T, group), device)
+        grid = np.array([(*tile, split, warps, group) for tile, split, warps in options])
+        part = chain_conv.make_part(stages, (*grid.T[:-1], group), device)
         fits = np.broadcast_to(part.fits, len(grid))
         latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits])
-        ways += [(*values, group) for values, fit in zip(grid, fits, strict=True) if fit]
-    return ways, np.concatenate(latencies_us)
+        ways.append(grid[fits])
+    return np.concatenate(ways), np.concatenate(latencies_us)
 
 
 def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> str:

@@ -48,12 +48,12 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
 
 
 def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
-    """Tiles for products of 64 pixels, of which at least three quarters are of the tile."""
+    """Tiles for products of 64 pixels, of which at least half are of the tile."""
     widths = extents(core.out_width) if core.is_pointwise else [8]
     heights = sorted({*extents(core.out_height), 7, 14})
     found = []
     for rows, columns in itertools.product(heights, widths):
         pixels = rows * columns
-        if rows < 2 * core.out_height and pixels <= most and 4 * pixels >= 3 * round_up(pixels, 64):
+        if rows < 2 * core.out_height and pixels <= most and 2 * pixels >= round_up(pixels, 64):
             found.append((rows, columns))
     return found
