@@ -108,6 +108,8 @@ def _space(
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
         options = itertools.product(shapes, splits(stages, core, MAX_CLUSTER), warps_of)
         grid = np.array([(*tile, split, warps, group) for tile, split, warps in options])
+        if not grid.size:
+            continue
         part = chain_conv.make_part(stages, (*grid.T[:-1], group), device)
         fits = np.broadcast_to(part.fits, len(grid))
         latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits])
