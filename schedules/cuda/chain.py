@@ -101,7 +101,9 @@ class Chain(Block):
         run("tdc_wait_for_dependencies")
         # Not earlier: kernels that wait two ahead delay the one between by microseconds (seen on an H100).
         run("tdc_launch_dependents")
-        ahead = part.buffers > 1
+        ahead = part.fetches_ahead
+        # The stage from which on the place of the next input is free.
+        free_from = min(1, part.core_index)
         if ahead:
             self.copy_input(self.tile_of(block), 0)
             run("tdc_commit")
@@ -119,17 +121,17 @@ class Chain(Block):
                     run("tdc_commit")
             for stage in range(len(part.stages)):
                 # Groups of copies that were begun after this stage's: the next input, weights of later ones, chunks.
-                begun = min(1, stage) if ahead else self.last - stage if late or not part.is_staged else 0
+                begun = int(stage > free_from) if ahead else self.last - stage if late or not part.is_staged else 0
                 if not part.has_bulk_copies:
                     begun += sum(part.chunks(i) * part.placement.ring[i] for i in range(stage))
                 run(f"tdc_await{min(begun, MOST_PENDING)}")
                 if self.unit.name == "wgmma":
                     run("tdc_fence_copies")
                 barrier()
-                if ahead and stage == 0:
+                if ahead and stage == free_from:
                     with T.If(turn < part.rounds - 1), T.Then():
                         following = self.tile_of((turn + 1) * (part.blocks // part.split) + block)
-                        self.copy_input(following, (turn + 1) % 2)
+                        self.copy_input(following, (turn + 1) % part.buffers)
                     run("tdc_commit")
                 if part.is_cluster and stage == part.core_index:
                     # All blocks have begun, and read what they were sent for the tile before.

@@ -179,7 +179,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
     input_us = (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us
-    following = np.where(part.buffers > 1, larger(0.0, input_us - stages_us / turns), input_us)
+    meanwhile_us = (stages_us - (parts["stage0"] if part.core_index else 0.0)) / turns
+    following = np.where(part.fetches_ahead, larger(0.0, input_us - meanwhile_us), input_us)
     parts["input"] = input_us + (turns - 1) * following
     parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later, c.sharing) * cycle_us - stages_us)
     sent = 4 * (part.split - 1) * part.group_words / 128

@@ -402,9 +402,11 @@ class Part:
     def buffers(self) -> Number:
         """Copies of the input in shared memory.
 
-        Two if a block computes several tiles, alone on its processor, and there is room: the input of one tile
-        arrives while the one before is computed.
+        Two if all of a block's work reads it, the block computes several tiles, alone on its processor, and there is
+        room: the input of one tile arrives while the one before is computed.
         """
+        if self.core_index:
+            return 1
         input_words = self.held_words(0)
         smem_bytes = 4 * (self.other_words + input_words) + 16 * sum(
             map(self.resident_vectors, range(len(self.stages)))
@@ -413,6 +415,11 @@ class Part:
         is_alone = (self._resident_of(smem_bytes) == 1) & self.is_staged
         fits = smem_bytes + 4 * input_words <= self.device.smem_per_block_optin_bytes
         return 1 + (has_several & is_alone & fits)
+
+    @property
+    def fetches_ahead(self) -> Number:
+        """Whether the input of the next tile is copied while a tile is computed: when it has been read, or at once."""
+        return self.is_staged & (self.rounds > 1) & (self.core_index > 0 or self.buffers > 1)
 
     def scratch_pitch(self, stage: int) -> Number:
         """Words from one pixel of the exchanged sums to the next."""

@@ -216,10 +216,11 @@ def test_blocks_can_compute_several_tiles(tmp_path):
         runs.append((gpu_check.Case(dense, Epilogue(), (False,)), config_of("conv", (4, 4, 1, 4)), small))
         tight = replace(small, smem_per_block_optin_bytes=(24 if precision == "fp16" else 36) * 1024)
         runs.append((case, config_of("tile", (4, 4, 1, 4)), tight))
+        runs.append((gpu_check.Case(dense, Epilogue(), (True,)), config_of("conv", (4, 4, 1, 4)), tight))
     parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
     assert all(part.rounds > 1 for part in parts)
     assert any(part.tile_count % (part.blocks // part.split) for part in parts)
-    assert {part.buffers for part in parts} == {1, 2}
+    assert {part.buffers for part in parts} == {1, 2} and {part.fetches_ahead for part in parts} == {False, True}
     assert not emulate(tmp_path, runs)
 
 
