@@ -16,7 +16,7 @@ from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, ca
 from tdc_tvm.schedules.cuda.operands import Pixels, Weights
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.stream import WeightStream
-from tdc_tvm.schedules.cuda.work import RESULT_ROWS, WARP
+from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.shape import Epilogue
 
 # Pairs of steps in the body of the loop over them, and most instructions: those of a few thousand are not in the
@@ -359,7 +359,7 @@ class Chain(Block):
 
     def result_rows(self, stage: int) -> int:
         """Neighbouring channels of a lane's sums."""
-        return min(RESULT_ROWS, self.part.works[stage].rows)
+        return self.unit.vector if self.unit.name == "wgmma" else self.part.works[stage].rows
 
     def pixel_lane(self) -> ir.Expr:
         """Which of the pixels that a warp loads side by side is this lane's."""
@@ -492,12 +492,13 @@ class Chain(Block):
         columns, rows, width = work.columns, work.rows, unit.row_lanes * work.rows
         values = local(self.result_rows(stage))
         if unit.name == "wgmma":
-            # Of every 32 channels each of four lanes has eight, for two pixels.
+            # Four lanes have neighbouring vectors of channels, for two pixels.
+            count, group = self.result_rows(stage), unit.row_lanes * self.result_rows(stage)
             pixel = T.Bind(pixel_tile * unit.pixels + self.warp % unit.warps * 16 + self.lane // 4)
-            with unrolled(rows // RESULT_ROWS) as i, unrolled(2) as e:
-                with unrolled(RESULT_ROWS) as row:
-                    T.buffer_store(values, acc[(i * 4 + row // 2) * 4 + e * 2 + row % 2], [row])
-                channel = T.Bind(channel_tile * width + i * 32 + self.lane % 4 * RESULT_ROWS)
+            with unrolled(rows // count) as i, unrolled(2) as e:
+                with unrolled(count) as row:
+                    T.buffer_store(values, acc[(i * (count // 2) + row // 2) * 4 + e * 2 + row % 2], [row])
+                channel = T.Bind(channel_tile * width + i * group + self.lane % 4 * count)
                 at = T.Bind(pixel + e * 8)
                 inside = all_of(
                     at < part.pixels(stage) if part.pixels(stage) % unit.pixels else True,

@@ -96,9 +96,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
 
 
 @functools.lru_cache(maxsize=1024)
-def _space(
-    stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) -> tuple[np.ndarray, np.ndarray]:
     """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
     ways, latencies_us = [], []

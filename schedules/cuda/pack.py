@@ -45,9 +45,9 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
         blocks, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )
     if unit.name == "wgmma":
-        # (tile, vector of depth, channel, vector); of every 32 channels a lane's eight are results of the columns
-        # 0, 1, 8, 9, 16, ... and so on, of which each of four lanes has two of eight.
-        ordered = split.reshape(blocks, tiles, -1, 4, 4, 2, steps, unit.chunks, unit.vector)
+        # (tile, vector of depth, channel, vector); of every eight columns each of four lanes has the results of two,
+        # and those of all its columns are to be neighbouring channels, a vector of them.
+        ordered = split.reshape(blocks, tiles, -1, 4, unit.vector // 2, 2, steps, unit.chunks, unit.vector)
         packed = ordered.transpose(0, 1, 6, 7, 2, 4, 3, 5, 8)
     if unit.name == "mma":
         # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:

@@ -82,8 +82,8 @@ UNITS = {
     ("fp16", 4): Unit("wgmma", "float16", 8, 4, 64, 4, 4),
     ("bf16", 4): Unit("wgmma", "bfloat16", 8, 4, 64, 4, 4),
 }
-# Neighbouring channels of a lane's results, at most.
-RESULT_ROWS = 8
+# Channels of a product of ``wgmma`` by lane: 32, 64 and so on by four lanes.
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Work:
 
     A lane holds ``rows`` channels of ``columns`` pixels (twice as many on tensor cores) in registers;
     the depth is divided into ``splits`` parts, whose sums meet in shared memory.  The channels are
-    neighbours; those of ``wgmma`` by eights.
+    neighbours; those of ``wgmma`` by vectors.
     """
 
     rows: Number
@@ -160,7 +160,7 @@ def choose_work(
     groups = np.floor(teams / work.splits)
     allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
     if unit.name == "wgmma":
-        allowed &= (work.rows == RESULT_ROWS) | (unit.row_lanes * (work.rows - RESULT_ROWS) < channels_)
+        allowed &= (work.rows == _LEAST_ROWS) | (unit.row_lanes * (work.rows - _LEAST_ROWS) < channels_)
     else:
         allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
         allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
