@@ -94,9 +94,11 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
         constants = model.Constants(*np.exp(logarithms))
         parts = []
         for layer in layers:
-            # What is far from the best is never picked: it counts by how near it is.
-            weight = (layer.times_us.min() / layer.times_us) ** 4
-            parts.append(weight * np.log(layer.predict(constants) / layer.times_us) / np.sqrt(len(weight)))
+            # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
+            predicted = layer.predict(constants)
+            seen_us = np.minimum(layer.times_us, predicted)
+            weight = np.minimum(1.0, layer.times_us.min() / seen_us) ** 4
+            parts.append(weight * np.log(predicted / layer.times_us) / np.sqrt(len(weight)))
         # Constants that the data do not tell stay where they are.
         return np.concatenate([*parts, 0.01 * (logarithms - origin)])
 

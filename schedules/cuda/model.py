@@ -140,15 +140,17 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         later = later + size * (chunks - at_once) * ring
         missing.append(size * (chunks - at_once) * (1 - ring))
         chunks_before = chunks_before + chunks * ring
-    # The next launch's copies begin early where they find room beside this one's blocks.
-    is_hidden = part.overlaps & (waves == 1)
-    first = transfer(early, c.sharing) * np.where(is_hidden, c.exposed, 1.0)
+    # The next launch's copies begin early where they find room beside this one's blocks, or processors without one.
+    # Work begins with the first chunk.
+    is_hidden = (part.overlaps | (2 * part.blocks <= device.core_count)) & (waves == 1)
+    waited = waves - 1 + np.where(is_hidden, c.exposed, 1.0)
+    first = smaller(early, 16 * part.chunk_vectors(0)) if part.has_bulk_copies else early
     inputs = part.in_pixels(0) * smaller(part.in_width, part.in_channels(0)) * unit.element_bytes
     outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us + np.where(is_hidden, 0.0, c.late_us) + (0.0 if is_one else c.change_us),
-        "weights": (first + (waves - 1) * transfer(early, c.sharing)) * cycle_us,
+        "weights": waited * transfer(first, c.sharing) * cycle_us,
         "input": 0.0,
     }
     needed: Number = 0
@@ -182,7 +184,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     meanwhile_us = (stages_us - (parts["stage0"] if part.core_index else 0.0)) / turns
     following = np.where(part.fetches_ahead, larger(0.0, input_us - meanwhile_us), input_us)
     parts["input"] = input_us + (turns - 1) * following
-    parts["weights"] = parts["weights"] + larger(0.0, turns * transfer(later, c.sharing) * cycle_us - stages_us)
+    rest = waited * transfer(early - first, c.sharing) + turns * transfer(later, c.sharing)
+    parts["weights"] = parts["weights"] + larger(0.0, rest * cycle_us - stages_us)
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
