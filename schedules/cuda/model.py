@@ -48,8 +48,8 @@ class Constants:
         What a product of four warps together takes besides, and a tile of them.
     chunk_cycles : float
         What a chunk that goes through the ring takes besides: all warps meet.
-    stage_cycles, item_cycles : float
-        What a stage, and a warp's tile of it, take besides.
+    stage_cycles, meet_cycles, item_cycles : float
+        What a stage takes besides, once and for each warp that the others wait for, and a warp's tile of it.
     handover_cycles, send_cycles : float
         Between the blocks of a cluster: once, and for 128 bytes that a block is sent.
     merge_cycles, sum_cycles : float
@@ -71,6 +71,7 @@ class Constants:
     drain_cycles: float
     chunk_cycles: float
     stage_cycles: float
+    meet_cycles: float
     item_cycles: float
     handover_cycles: float
     send_cycles: float
@@ -175,7 +176,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
-        stage = c.stage_cycles + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
+        stage = c.stage_cycles + part.warps * c.meet_cycles + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
         needed = needed + busy
         parts[f"stage{i}"] = turns * stage * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
