@@ -104,14 +104,15 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
         if (core.precision, group) not in UNITS or (group > 1 and device.compute_capability != 90):
             continue
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
-        options = itertools.product(shapes, splits(stages, core, MAX_CLUSTER), warps_of)
-        grid = np.array([(*tile, split, warps, group) for tile, split, warps in options])
-        if not grid.size:
+        if not shapes:
             continue
-        part = chain_conv.make_part(stages, (*grid.T[:-1], group), device)
-        fits = np.broadcast_to(part.fits, len(grid))
-        latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), len(grid))[fits])
-        ways.append(grid[fits])
+        numbers = np.meshgrid(range(len(shapes)), splits(stages, core, MAX_CLUSTER), warps_of, [group], indexing="ij")
+        tile, *others = (axis.ravel() for axis in numbers)
+        grid = np.stack([*np.array(shapes)[tile].T, *others])
+        part = chain_conv.make_part(stages, (*grid[:-1], group), device)
+        fits = np.broadcast_to(part.fits, grid.shape[1])
+        latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), grid.shape[1])[fits])
+        ways.append(grid.T[fits])
     return np.concatenate(ways), np.concatenate(latencies_us)
 
 

@@ -176,7 +176,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         # Weights that stay in global memory are read through the L2 cache by each pixel tile.
-        stage = c.stage_cycles + part.warps * c.meet_cycles + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
+        once = c.stage_cycles + part.warps * c.meet_cycles
+        stage = once + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
         needed = needed + busy
         parts[f"stage{i}"] = turns * stage * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.

@@ -45,6 +45,9 @@ _CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 
 # loads may still wait when all warps meet; bulk copies do not wait behind them (wrong results seen on an H100).
 SLOTS_IN_USE = 2
 
+# Chunks of a tap that products of `wgmma` are unrolled for, of equal size.
+_PARTS_OF_TAP = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+
 
 def of_stage(method: Callable[[Part, int], Number]) -> Callable[[Part, int], Number]:
     """Compute a property of a part's stage only once."""
@@ -342,16 +345,15 @@ class Part:
 
     def whole_taps(self, stage: int, most_bytes: int) -> Number:
         """Units of depth of a chunk of at most so many bytes, about: some taps, or an even part of one; all alike."""
-        per_tap, taps = self.in_channels(stage) // self.unit.depth, self.depth_units(stage)
-        taps = taps // per_tap
+        per_tap, kernel = self.in_channels(stage) // self.unit.depth, self.stages[stage].kernel
         most = most_bytes // (16 * self.unit_vectors(stage))
-        units = per_tap * 0 + 1
-        for parts in range(min(64, int(np.max(per_tap))), 0, -1):
+        units: Number = 1
+        for parts in _PARTS_OF_TAP:
             is_even = (per_tap % parts == 0) & (per_tap // parts <= most)
-            units = units + is_even * (larger(units, per_tap // parts) - units)
-        for count in range(1, int(np.max(taps)) + 1):
-            is_even = (taps % count == 0) & (count * per_tap <= most)
-            units = units + is_even * (larger(units, count * per_tap) - units)
+            units = larger(units, is_even * (per_tap // parts))
+        for count in range(2, kernel[0] * kernel[1] + 1):
+            if kernel[0] * kernel[1] % count == 0:
+                units = larger(units, (count * per_tap <= most) * count * per_tap)
         return units
 
     @of_stage
