@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.util
 import io
+import logging
 import mmap
 import os
 import re
@@ -32,6 +33,9 @@ from tvm.support import cc, nvcc  # noqa: F401  (importing nvcc registers the ca
 from tvm.target import Target
 
 from tdc_tvm.errors import TdcError
+
+# What ptxas makes of kernels (registers, spills, products that it serialises): level DEBUG.
+_LOG = logging.getLogger(__name__)
 
 _CALLBACK = "tvm_callback_cuda_compile"
 _INSTALL = "install them with: pip install 'tdc-tvm[cuda]'"
@@ -338,15 +342,18 @@ def _compile_nvrtc(source: str, arch: str, root: Path) -> bytes:
         return result[1] if len(result) > 1 else None
 
     include_dirs = _include_dirs(root) or []
-    options = [f"--gpu-architecture={arch}", "-default-device", "--device-int128", *(f"-I{d}" for d in include_dirs)]
+    options = [f"--gpu-architecture={arch}", "-default-device", "--device-int128", "--ptxas-options=-v"]
+    options += [f"-I{folder}" for folder in include_dirs]
     encoded = [option.encode() for option in options]
     program = check(nvrtc.nvrtcCreateProgram((_NVRTC_PREAMBLE + source).encode(), b"kernels.cu", 0, None, None))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        log = bytearray(check(nvrtc.nvrtcGetProgramLogSize(program)))
+        check(nvrtc.nvrtcGetProgramLog(program, log))
+        text = log.decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = bytearray(check(nvrtc.nvrtcGetProgramLogSize(program)))
-            check(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"NVRTC failed for {arch}: {status.name}\n{log.decode(errors='replace')}")
+            raise RuntimeError(f"NVRTC failed for {arch}: {status.name}\n{text}")
+        _LOG.debug("%s", text)
         cubin = bytearray(check(nvrtc.nvrtcGetCUBINSize(program)))
         check(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
@@ -358,11 +365,14 @@ def _compile_nvcc(source: str, arch: str, path: Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         cu.write_text(source)
-        _run([str(path), "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-o", str(cubin), str(cu)])
+        options = ["-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v"]
+        _LOG.debug("%s", _run([str(path), *options, "-o", str(cubin), str(cu)]))
         return cubin.read_bytes()
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What a command prints on both streams."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr

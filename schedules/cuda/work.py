@@ -148,14 +148,19 @@ def choose_work(
         Rows of the window that lanes can keep, where the rows of the tile allow it.
     """
     options = work_options(unit.name)
+    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, window_rows, tile_h * (window_rows > 1)))
+    # Many tiles ask for the same.
+    numbers = np.zeros(given.shape[1:], np.int64)
+    for values in given:
+        numbers = numbers * (values.max() + 1) + values
+    _, first, places = np.unique(numbers, return_index=True, return_inverse=True)
+    given = given.reshape(len(given), -1)[:, first, None]
     work, kept = Work(*options), 1
-    if np.any(np.asarray(window_rows) > 1):
-        kept = rows_kept(work, np.asarray(window_rows)[..., None], np.asarray(tile_h)[..., None])
-        kept = kept.astype(np.float32)
+    if np.any(given[4] > 1):
+        kept = rows_kept(work, given[4], given[5]).astype(np.float32)
     # Single precision is exact enough, and twice as fast.
     work = Work(*options.astype(np.float32))
-    given = (pixels, channels, units, warps)
-    pixels_, channels_, units_, warps_ = (np.asarray(value, np.float32)[..., None] for value in given)
+    pixels_, channels_, units_, warps_ = given[:4].astype(np.float32)
     teams = warps_ / unit.warps
     groups = np.floor(teams / work.splits)
     allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
@@ -167,7 +172,7 @@ def choose_work(
     allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
     cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
-    chosen = options[:, best]
+    chosen = options[:, best[places.reshape(numbers.shape)]]
     return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
 
 

@@ -426,6 +426,32 @@ def test_wrong_strategy_is_rejected():
 
 
 @needs_compiler
+def test_products_of_four_warps_are_not_serialised(caplog):
+    """ptxas makes each wait for the one before where it does not see that registers are left alone meanwhile."""
+    caplog.set_level("DEBUG", "tdc_tvm.cuda_toolchain")
+    functions = {}
+    for precision in ("fp16", "tf32"):
+        shape = TuckerConvShape(Conv2dShape(1, 56, 56, 128, 128, (3, 3), padding=SAME, precision=precision), 64, 32)
+        for i, config in enumerate(
+            [
+                config_of("tile", (7, 8, 1, 8, 4)),
+                config_of("tile", (16, 8, 1, 12, 4)),
+                config_of("cluster", (8, 8, 2, 8, 4)),
+                config_of("dense", (8, 8, 2, 16, 4)),
+            ]
+        ):
+            functions[f"{precision}_{i}"] = kernel_for(shape, config, bias=False).func
+    source = cuda_source(functions)
+    find_cuda_compiler().compile(source, "sm_90")
+    assert caplog.text.count("registers") >= len(functions)
+    assert "serialized" not in caplog.text
+    assert "injected" not in caplog.text
+    unfenced = source.replace("wgmma.fence.sync.aligned;", "").replace("__shfl_sync(0xffffffffu, value, 0)", "value")
+    find_cuda_compiler().compile(unfenced, "sm_90")
+    assert "serialized" in caplog.text
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["RTX 2080 Ti", "A100", "RTX 3090", "L4", "H100"])
 def test_picks_keep_their_arrays_in_registers(tmp_path, name):
     device = GPUS[name]
