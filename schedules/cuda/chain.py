@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tdc_tvm.schedules.cuda import warpgroup
+from tdc_tvm.schedules.cuda import warp, warpgroup
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
-from tdc_tvm.schedules.cuda.operands import Pixels, Weights
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.stream import WeightStream
 from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.shape import Epilogue
-
-# Pairs of steps in the body of the loop over them, and most instructions: those of a few thousand are not in the
-# instruction cache when they are wanted.
-_UNROLL, _MOST_UNROLLED = 2, 2400
 
 
 @dataclass
@@ -68,7 +63,8 @@ class Chain(Block):
             self.input_at.append(at)
             at += part.input_words(stage)
         self.scratch_at = at
-        assert 4 * (at + part.scratch_words) <= part.smem_bytes
+        unused = part.smem_bytes // 4 - at - part.scratch_words
+        assert 0 <= unused < (self.unit.pixel_words + 1 if self.unit.name == "wgmma" else 1)
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
         """Emit the kernel's body.
@@ -307,10 +303,6 @@ class Chain(Block):
         items, groups = channel_tiles * pixel_tiles, part.teams // work.splits
         team = T.Bind(self.warp if unit.warps == 1 else call("tdc_uniform", self.warp // unit.warps, returns="int32"))
         acc = local(self.sums(stage))
-        # Where this lane's pixels begin: vectors of shared memory, or elements of the input.
-        starts = local(work.columns, "int32")
-        # Their rows and columns, where the padding is not there to be read.
-        rows, columns = local(work.columns, "int32"), local(work.columns, "int32")
         split = T.Bind(team // groups)
         done = self.put_sums if part.is_cluster and stage == part.core_index else self.finish
         with T.serial(part.turns_of_work(stage)) as i:
@@ -324,15 +316,7 @@ class Chain(Block):
                 if unit.name == "wgmma":
                     warpgroup.multiply(self, stage, acc, channel_tile, pixel_tile)
                 else:
-                    with unrolled(work.columns) as j:
-                        pixel = (pixel_tile * work.columns + j) * unit.pixels + self.pixel_lane()
-                        pixel = tirx.min(pixel, part.pixels(stage) - 1)
-                        T.buffer_store(starts, self.start(stage, pixel), [j])
-                        if self.reads_padding(stage):
-                            y, x = self.position(stage, pixel)
-                            T.buffer_store(rows, self.tile.in_y0 + y, [j])
-                            T.buffer_store(columns, self.tile.in_x0 + x, [j])
-                    self.multiply(stage, acc, (starts, rows, columns), split, channel_tile)
+                    warp.multiply(self, stage, acc, split, channel_tile, pixel_tile)
                 if work.splits == 1:
                     self.each_result(stage, acc, channel_tile, pixel_tile, lambda *at: done(stage, *at))
                 else:
@@ -407,51 +391,6 @@ class Chain(Block):
         """Whether a stage reads a window of the input from global memory."""
         return stage == 0 and self.part.is_windowed and not self.part.is_staged
 
-    def multiply(
-        self, stage: int, acc: tirx.Buffer, places: Sequence[tirx.Buffer], split: ir.Expr, channel_tile: ir.Expr
-    ) -> None:
-        """Add one part of the depth to the sums of one warp tile."""
-        work, kept, share = self.part.works[stage], self.part.rows_kept(stage), self.part.share(stage)
-        windows, meetings = share // kept, kept + (kept == 1)
-        weights, pixels = Weights(self, stage, channel_tile, split), Pixels(self, stage, places, split)
-        # Two sets of operands: one is loaded while the other is multiplied.
-        a = [local(4 * work.rows) for _ in range(min(2, share))]
-        b = [local(4 * pixels.count) for _ in range(min(2, windows))]
-
-        def turn(i: ir.Expr, parity: int, is_last: bool) -> None:
-            """Multiply as many units as rows are kept, whose operands are loaded, and load those that follow."""
-            for row in range(kept):
-                number = parity * kept + row
-                if row == kept // 2 and not is_last:
-                    pixels.follow(b[1 - parity], i + 1)
-                if not (is_last and row == kept - 1):
-                    meets = self.part.chunk_units(stage) == 1 or (number + 1) % meetings == 0
-                    weights.follow(a[(number + 1) % 2], i * kept + row + 1, meets)
-                self.multiply_unit(stage, acc, a[number % 2], b[parity], row)
-
-        weights.begin(a[0])
-        pixels.begin(b[0])
-        if windows > 1:
-            with T.serial(windows // 2, unroll=self.unrolled_pairs(stage, windows // 2)) as pair:
-                turn(pair * 2, 0, False)
-                turn(pair * 2 + 1, 1, False)
-        if windows % 2:
-            turn(tirx.const(windows - 1, "int32"), 0, True)
-        half = self.sums(stage) // 2
-        if half == work.rows * work.columns * 2:
-            with unrolled(half) as i:
-                T.buffer_store(acc, acc[i] + acc[half + i], [i])
-
-    def unrolled_pairs(self, stage: int, pairs: int) -> int | bool:
-        """How many pairs of steps of a stage the CUDA compiler unrolls; False for none."""
-        work, kept = self.part.works[stage], self.part.rows_kept(stage)
-        if kept == 1:
-            return _UNROLL if pairs >= 2 * _UNROLL else False
-        products = work.rows * work.columns * (4 if self.unit.name == "fma" else 1)
-        most = max(1, _MOST_UNROLLED // (2 * kept * products))
-        found = max(count for count in range(1, pairs + 1) if pairs % count == 0 and count <= most)
-        return found if found > 1 else False
-
     def load_input(self, b: tirx.Buffer, j: ir.Expr, start: ir.Expr, depth: ir.Expr, inside: ir.Expr) -> None:
         """Read one vector of the input from global memory, zeros if it is not inside."""
         part, unit = self.part, self.unit
@@ -464,20 +403,6 @@ class Chain(Block):
         else:
             count = tirx.if_then_else(inside, part.in_width - channel, 0)
             run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, count)
-
-    def multiply_unit(self, stage: int, acc: tirx.Buffer, a: tirx.Buffer, b: tirx.Buffer, first: int) -> None:
-        """Add one unit of depth: ``acc[row, column] += sum over k of a[row, k] * b[first + column, k]``."""
-        work = self.part.works[stage]
-        rows, columns = work.rows, work.columns
-        if self.unit.name == "mma":
-            second = rows * columns * 2 % self.sums(stage)
-            with unrolled(rows // 2) as m, unrolled(columns) as j:
-                at = (m * columns + j) * 4
-                operands = address(a, m * 8), address(a, m * 8 + 4), address(b, (first + j) * 4)
-                run(f"tdc_mma_{self.unit.dtype}", address(acc, at), address(acc, second + at), *operands)
-            return
-        with unrolled(4) as k, unrolled(rows) as row, unrolled(columns) as j:
-            T.buffer_store(acc, acc[row * columns + j] + a[row * 4 + k] * b[(first + j) * 4 + k], [row * columns + j])
 
     def each_result(
         self,

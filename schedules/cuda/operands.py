@@ -54,7 +54,7 @@ class Weights:
         if self.cursor is not None:
             self.cursor.begin()
             start = self.cursor.chunk_at() // 4
-        elif self.chain.stream.is_shared(self.stage):
+        elif self.chain.part.is_held(self.stage):
             start = self.chain.stream.chunk_at(self.stage, 0) // 4
         else:
             start = self.chain.stream.own_weights(self.stage)
@@ -66,7 +66,7 @@ class Weights:
         at = T.Bind(self.at[0])
         with unrolled(self.rows) as row:
             vector = at + row * self.lanes
-            if self.chain.stream.is_shared(self.stage):
+            if self.chain.part.is_held(self.stage):
                 T.buffer_store(registers, self.chain.shared[ramp(vector * 4, 4)], [ramp(row * 4, 4)])
             else:
                 weights, width = self.chain.buffers.weights[self.stage], self.chain.unit.vector

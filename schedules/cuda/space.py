@@ -50,6 +50,7 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
 def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
     """Tiles for products of 64 pixels, of which at least half are of the tile."""
     widths = extents(core.out_width) if core.is_pointwise else [8]
+    # Of eight rows one can be idle, where that divides an image that powers of two do not.
     heights = sorted({*extents(core.out_height), 7, 14})
     found = []
     for rows, columns in itertools.product(heights, widths):

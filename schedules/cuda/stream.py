@@ -49,13 +49,9 @@ class WeightStream:
         self.ring_box_at = at
         self.end = at + 4 * place.slots * part.has_bulk_copies
 
-    def is_shared(self, stage: int) -> bool:
-        """Whether a stage's weights go through shared memory."""
-        return bool(self.part.is_held(stage))
-
     def has_mailboxes(self, stage: int) -> bool:
         """Whether a stage's chunks have mailboxes."""
-        return self.is_shared(stage) and self.part.has_bulk_copies
+        return self.part.is_held(stage) and self.part.has_bulk_copies
 
     def open_mailboxes(self) -> None:
         """Make the mailboxes of all chunks and slots ready."""

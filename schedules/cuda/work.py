@@ -82,8 +82,8 @@ UNITS = {
     ("fp16", 4): Unit("wgmma", "float16", 8, 4, 64, 4, 4),
     ("bf16", 4): Unit("wgmma", "bfloat16", 8, 4, 64, 4, 4),
 }
-# Channels of a product of ``wgmma`` by lane: 32, 64 and so on by four lanes.
-_LEAST_ROWS = 8
+# Channels of a product of ``wgmma`` by lane, of which four have all.
+WGMMA_ROWS = (8, 16, 24, 32, 40, 48, 64)
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,6 @@ class Work:
     rows: Number
     columns: Number
     splits: Number
-
-
-# Of the products of ``wgmma``, of 32 channels and more.
-WGMMA_ROWS = (8, 16, 24, 32, 40, 48, 64)
 
 
 @functools.cache
@@ -165,7 +161,7 @@ def choose_work(
     groups = np.floor(teams / work.splits)
     allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
     if unit.name == "wgmma":
-        allowed &= (work.rows == _LEAST_ROWS) | (unit.row_lanes * (work.rows - _LEAST_ROWS) < channels_)
+        allowed &= (work.rows == WGMMA_ROWS[0]) | (unit.row_lanes * (work.rows - WGMMA_ROWS[0]) < channels_)
     else:
         allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
         allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
