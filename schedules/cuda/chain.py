@@ -82,7 +82,8 @@ class Chain(Block):
         early = range(late.start)
         if part.is_cluster:
             with T.If(thread == 0), T.Then():
-                run("tdc_mailbox_open", self.at(self.box_at), 1)
+                for box in range(1 + part.gathers):
+                    run("tdc_mailbox_open", self.at(self.box_at + box * 2), 1)
         if part.has_bulk_copies:
             self.stream.open_mailboxes()
             run("tdc_fence_copies")
@@ -135,7 +136,10 @@ class Chain(Block):
                 self.stage(stage)
                 if part.is_cluster and stage == part.core_index:
                     self.exchange()
-                    run("tdc_cluster_arrive")
+                    if part.gathers:
+                        self.gather()
+            if part.is_cluster:
+                run("tdc_cluster_arrive")
             if part.rounds > 1:
                 # Shared memory is written again.
                 barrier()
@@ -174,7 +178,37 @@ class Chain(Block):
             to = self.at(self.inbox_at + self.rank * part.group_words)
             run("tdc_send", from_, to, box, self.thread, bytes_of(self.thread))
         run("tdc_mailbox_wait", box, self.turn % 2)
-        self.add_up(stage, self.inbox_at, part.split, group, part.group_words, self.finish)
+
+        def finish(stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
+            pixel = T.Bind(self.rank * group + pixel)
+            inside = all_of(pixel < part.tile_pixels if part.tile_pixels % part.split else True)
+            when(inside, lambda: self.finish(stage, pixel, channel, values))
+
+        self.add_up(stage, self.inbox_at, part.split, group, part.group_words, finish)
+
+    def gather(self) -> None:
+        """Send what the core hands on of this block's pixels to the other blocks, and wait for theirs."""
+        part, stage, box = self.part, self.part.core_index + 1, self.at(self.box_at + 2)
+        pixel_bytes, planes = 4 * self.unit.pixel_words, part.in_channels(stage) // self.unit.depth
+        first = T.Bind(self.rank * part.group_pixels)
+        pixels = T.Bind(tirx.max(tirx.min(part.tile_pixels - first, part.group_pixels), 0))
+
+        def send(item: ir.Expr) -> None:
+            word = T.Bind(
+                self.input_at[stage] + item % planes * part.plane_words(stage) + first * self.unit.pixel_words
+            )
+            rank = (self.rank + 1 + item // planes) % part.split
+            run("tdc_send", self.at(word), self.at(word), box, rank, pixels * pixel_bytes)
+
+        run("tdc_fence_copies")
+        barrier()
+        with T.If(self.thread == 0), T.Then():
+            run("tdc_mailbox_expect", box, (part.tile_pixels - pixels) * (planes * pixel_bytes))
+        when(
+            all_of(pixels > 0 if part.group_pixels * (part.split - 1) >= part.tile_pixels else True),
+            lambda: self.each_warp(planes * (part.split - 1), send),
+        )
+        run("tdc_mailbox_wait", box, self.turn % 2)
 
     def copy_weights(self, stage: int) -> None:
         """Begin to copy a stage's weights and biases into shared memory."""
@@ -514,10 +548,8 @@ class Chain(Block):
                 bias = self.shared[self.bias_at[stage] + channel + row]
                 T.buffer_store(values, values[row] + bias, [row])
         if stage == self.last:
-            if len(part.stages) == 1 and part.split > 1:
+            if part.has_own_channels(stage) and part.split > 1:
                 channel = T.Bind(self.rank * part.slice_channels(stage) + channel)
-            elif part.is_cluster:
-                pixel = T.Bind(self.rank * part.group_pixels + pixel)
             self.store(pixel, channel, values, rows)
         else:
             self.hand_on(stage, pixel, channel, values, rows)
@@ -562,7 +594,7 @@ class Chain(Block):
         y, x = self.place_in_tile(pixel)
         y, x = T.Bind(self.tile.out_y0 + y), T.Bind(self.tile.out_x0 + x)
         whole = part.out_width % rows == 0
-        covered = part.slice_channels(self.last) * (part.split if len(part.stages) == 1 else 1)
+        covered = part.slice_channels(self.last) * (part.split if part.has_own_channels(self.last) else 1)
 
         def store() -> None:
             with unrolled(rows) as row:
@@ -585,7 +617,6 @@ class Chain(Block):
 
         inside = all_of(
             self.tile.exists,
-            pixel < part.tile_pixels if part.is_cluster and part.tile_pixels % part.split else True,
             y < core.out_height if core.out_height % part.tile_h else True,
             x < core.out_width if core.out_width % part.tile_w else True,
             channel < part.out_width if covered > part.out_width else True,

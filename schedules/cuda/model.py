@@ -17,6 +17,8 @@ from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
 DATA = Path(__file__).with_name("constants.json")
+# Of a thread, for a copy to another block (measured on an H100).
+_COPY_CYCLES = 55
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,11 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
+    if part.core_index < part.last:
+        # What the core hands on: a copy of each unit of depth to each of the other blocks.
+        copies = ceil_div(part.in_channels(part.core_index + 1) // unit.depth * (part.split - 1), part.warps)
+        received = 4 * part.held_words(part.core_index + 1) / 128
+        handover = handover + part.gathers * (c.handover_cycles + _COPY_CYCLES * copies + received * c.send_cycles)
     parts["handover"] = turns * handover * cycle_us
     parts["output"] = turns * transfer(outputs) * cycle_us
     # Blocks on one processor fill each other's gaps, until their instructions, products and loads fill it.

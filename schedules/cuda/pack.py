@@ -21,7 +21,7 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     tiles, share, chunk = part.tiles_of_work(stage)[0], part.share(stage), part.chunk_units(stage)
     chunks, steps = part.chunks(stage), share * work.splits
     channels, taps = part.in_channels(stage), conv.kernel[0] * conv.kernel[1]
-    blocks = part.split if part.is_sliced(stage) else 1
+    blocks = part.split
     kernel = weights.kernel.reshape(conv.out_channels, conv.in_channels, taps).transpose(0, 2, 1)
     padded = np.zeros((blocks, tiles * unit.row_lanes * work.rows, steps * unit.depth), np.float32)
     for rank in range(blocks):

@@ -4,8 +4,9 @@ A *part* is one kernel: one to three consecutive stages of a Tucker convolution,
 one.  A block computes all its stages over a spatial tile.  What one stage hands to the next stays in
 shared memory.  ``split`` blocks can share a tile.  With one stage, each computes a slice of its
 channels.  With several they form a cluster: each computes a slice of the channels that the core
-reads, and from them its part of the core's sums; the parts meet in shared memory, where each block
-adds up those of a group of pixels, and computes the stages after the core for them.
+reads, and from them its part of the core's sums.  The parts meet in shared memory, where each block
+adds up those of a group of pixels, and sends the results to all others; each then computes a slice
+of the channels of the stage after the core.
 
 A stage is a product of weights (channels x depth) and pixels (depth x pixels), the depth being the
 window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
@@ -208,9 +209,7 @@ class Part:
     @of_stage
     def pixels(self, stage: int) -> Number:
         """Positions of a stage's output that a block computes."""
-        if stage < self.core_index:
-            return self.halo[0] * self.halo[1]
-        return self.tile_pixels if stage == self.core_index else self.group_pixels
+        return self.halo[0] * self.halo[1] if stage < self.core_index else self.tile_pixels
 
     def in_pixels(self, stage: int) -> Number:
         """Positions of a stage's input that a block needs."""
@@ -218,13 +217,14 @@ class Part:
             return self.halo[0] * self.halo[1]
         return self.halo[0] * self.row_pixels if stage == self.core_index else self.pixels(stage)
 
-    def is_sliced(self, stage: int) -> bool:
-        """Whether each of the blocks that share a tile has weights of its own."""
-        return self.has_own_channels(stage) or stage == self.core_index
-
     def has_own_channels(self, stage: int) -> bool:
-        """Whether each of them computes channels of its own; of a cluster's core it computes a part of the sums."""
-        return len(self.stages) == 1 or stage < self.core_index
+        """Whether each of the blocks that share a tile computes channels of its own; of a cluster's core, sums."""
+        return len(self.stages) == 1 or stage != self.core_index
+
+    @property
+    def gathers(self) -> Number:
+        """Whether the blocks of a cluster send each other what the core hands on."""
+        return self.is_cluster & (self.core_index < self.last)
 
     @of_stage
     def in_channels(self, stage: int) -> Number:
@@ -244,7 +244,7 @@ class Part:
     def slice_channels(self, stage: int) -> Number:
         """Output channels that a block computes; those behind the last channel are zero."""
         needed = self.in_channels(stage + 1) if stage < self.last else self.out_width
-        return slice_channels(needed, self.split if len(self.stages) == 1 else 1)
+        return slice_channels(needed, self.split if stage == self.last and self.has_own_channels(stage) else 1)
 
     @of_stage
     def plane_words(self, stage: int) -> Number:
@@ -491,7 +491,7 @@ class Part:
 
     @property
     def mailbox_words(self) -> Number:
-        """Shared memory that counts what the blocks of a cluster have sent: two words, and two to fill up a vector."""
+        """Shared memory that counts what the blocks of a cluster have sent, sums and results: two words each."""
         return self.is_cluster * 4
 
     @property

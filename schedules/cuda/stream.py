@@ -72,7 +72,7 @@ class WeightStream:
 
     def own_weights(self, stage: int) -> ir.Expr | int:
         """The first of this block's vectors of weights."""
-        return self.block.rank * self.part.weight_vectors(stage) if self.part.is_sliced(stage) else 0
+        return self.block.rank * self.part.weight_vectors(stage)
 
     def begin(self, stage: int) -> None:
         """Begin to copy a stage's weights that have a place of their own."""
