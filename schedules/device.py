@@ -35,6 +35,10 @@ class Probe:
         FP32 on CUDA cores, a fused multiply-add counted as two.
     mma_flops_per_s : dict of str to float
         Tensor cores by ``mma.sync`` with FP32 sums, by precision.
+    clusters : tuple of tuple of int
+        How many clusters of 1 to 16 blocks run at once: first of blocks that have a processor each, then of those of
+        which two share one, then three; none before sm_90.  Fewer than processors would allow, as a cluster stays in
+        one of the chip's groups of them (GPC), which are not alike.
     """
 
     launch_us: float
@@ -49,6 +53,7 @@ class Probe:
     shared_bytes_per_s_per_core: float
     fma_flops_per_s: float
     mma_flops_per_s: Mapping[str, float] = field(hash=False)
+    clusters: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,8 @@ def _gpu(
     tf32, fp16 = (1e12 * rate for rate in tensor_tflops)
     tensor = {"tf32": tf32, "bf16": fp16, "fp16": fp16} if tf32 else {"fp16": fp16}
     probe = _scaled_probe(sms * mhz, mhz, tflops * 1e12, tensor, gbs * 1e9)
+    if arch == "sm_90":
+        probe = replace(probe, clusters=tuple(map(tuple, _MEASURED["clusters"])))
     optin = optin_kb * 1024
     return DeviceSpec(
         name, "cuda", arch, sms, mhz * 1e6, tflops * 1e12, tensor, gbs * 1e9, int(l2_mb * 2**20), 48 * 1024, optin, 0,

@@ -30,6 +30,9 @@ CHASE_STEPS = 2000
 DRAM_WORDS, CACHED_WORDS = 1 << 28, 1 << 21
 THREADS = 1024
 UNITS = ("float32", "float16", "bfloat16")
+# Blocks of a cluster, and those that share a processor, which are asked for; and the kernel that is: any does.
+CLUSTER_SIZES, RESIDENT = range(1, 17), (1, 2, 3)
+EMPTY_KERNEL = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry empty() { ret; }\n"
 
 
 def build(arch: str) -> Any:
@@ -319,6 +322,9 @@ def run(module: Any) -> dict[str, Any]:
     if int(str(device.compute_version).split(".")[0]) >= 9:
         measured["dependent_launch_us"] = time_us("dependent_launch", 64, 1, 32, 100)
         measured["cluster_barrier_us"] = step_us("cluster", 64, 64, 256)
+    figures: dict[str, Any] = {name: float(f"{value:.4g}") for name, value in measured.items()}
+    if "cluster_barrier_us" in measured:
+        figures["clusters"] = _clusters()
     return {
         "environment": {
             "gpu": device.device_name,
@@ -328,8 +334,39 @@ def run(module: Any) -> dict[str, Any]:
             "python": platform.python_version(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
-        "measured": {name: float(f"{value:.4g}") for name, value in measured.items()},
+        "measured": figures,
     }
+
+
+def _clusters() -> list[list[int]]:
+    """How many clusters run at once, by the blocks on a processor and of a cluster, as the driver tells."""
+    from cuda.bindings import driver
+
+    def ok(result: tuple) -> Any:
+        error, *values = result
+        if int(error):
+            raise TdcError(f"the GPU failed: {driver.cuGetErrorString(error)[1].decode()}")
+        return values[0] if values else None
+
+    kernel = ok(driver.cuModuleGetFunction(ok(driver.cuModuleLoadData(EMPTY_KERNEL)), b"empty"))
+    attributes, limits = driver.CUfunction_attribute, driver.CUdevice_attribute
+    most = ok(driver.cuDeviceGetAttribute(limits.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0))
+    ok(driver.cuFuncSetAttribute(kernel, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most))
+    ok(driver.cuFuncSetAttribute(kernel, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+    found = []
+    for resident in RESIDENT:
+        found.append([])
+        for size in CLUSTER_SIZES:
+            launch, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = size, 1, 1
+            launch.gridDimX, launch.gridDimY, launch.gridDimZ = 200 * size, 1, 1
+            launch.blockDimX, launch.blockDimY, launch.blockDimZ = 128, 1, 1
+            # Each block takes 1 KB besides.
+            launch.sharedMemBytes = (most + 1024) // resident - 1024
+            launch.attrs, launch.numAttrs = [attribute], 1
+            found[-1].append(int(ok(driver.cuOccupancyMaxActiveClusters(kernel, launch))))
+    return found
 
 
 def _rate(words: int, blocks: int, passes: int, microseconds: float) -> float:

@@ -33,8 +33,6 @@ from tdc_tvm.schedules.shape import Conv2dShape
 MAX_THREADS = 1024
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
-# Processors of an H100's GPC, at least (H100 Tensor Core GPU Architecture: up to 18, 132 of 144 enabled).
-_GROUP = 16
 # Channels of a slice are a multiple of this: vectors of results do not cross slices.
 SLICE = 16
 # Bytes of a chunk of weights that has a place of its own: each is waited for by itself.
@@ -555,10 +553,12 @@ class Part:
         Not more than that needs, if a processor has one; of several on each, some compute a tile less.
         """
         resident = self.resident
-        clusters = resident * self.device.core_count // self.split
-        # A cluster's blocks are on processors of one group (GPC), of which some are smaller than others.
-        grouped = self.device.core_count // _GROUP * (_GROUP * resident // self.split)
-        clusters = larger(1, clusters - self.is_cluster * (clusters - grouped))
+        clusters = larger(1, resident * self.device.core_count // self.split)
+        assert self.device.probe is not None
+        if self.device.probe.clusters and len(self.stages) > 1:
+            table = np.array(self.device.probe.clusters)
+            most = table[smaller(resident, len(table)) - 1, smaller(self.split, MAX_CLUSTER) - 1]
+            clusters = smaller(clusters, most if most.shape else int(most))
         fewest = ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
         return self.split * (fewest + (resident > 1) * (smaller(self.tile_count, clusters) - fewest))
 
