@@ -7,8 +7,8 @@ The steps can run on different machines::
     python scripts/oracle.py report oracle.jsonl              # no GPU needed
     python scripts/fit_model.py oracle.jsonl                  # refits the model's constants
 
-Of each layer's candidates a seeded sample is measured, the model's pick always among them; ``--sample 0``
-takes all.  Every kernel's result is checked before it is timed.
+Of each layer's candidates a seeded sample is measured: the model's pick and those that it thinks best, and as many
+others drawn at random; ``--sample 0`` takes all.  Every kernel's result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 
 def sample(shape: ConvShape, device: DeviceSpec, count: int, seed: int) -> list[tuple[KernelConfig, bool]]:
-    """The model's pick and ``count`` - 1 other candidates at most, drawn without the model; all if ``count`` is 0."""
+    """The model's pick and ``count`` - 1 others at most, half of them by the model, half at random; all if it is 0."""
     from tdc_tvm.schedules import backend
 
     pick, _ = backend(device).choose(shape, device)
     others = [config for config in backend(device).candidates(shape, device) if config != pick]
     if 0 < count <= len(others):
+        others.sort(key=lambda config: backend(device).estimate(shape, config, device).latency_us)
+        best, rest = others[: (count - 1) // 2], others[(count - 1) // 2 :]
         rng = np.random.default_rng([seed, zlib.crc32(str(shape).encode())])
-        others = [others[i] for i in sorted(rng.choice(len(others), count - 1, replace=False))]
+        others = best + [rest[i] for i in sorted(rng.choice(len(rest), count - 1 - len(best), replace=False))]
     return [(pick, True), *((config, False) for config in others)]
 
 

@@ -26,7 +26,7 @@ from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
-FIELDS = ("tile_h", "tile_w", "split", "warps", "group")
+FIELDS = ("tile_h", "tile_w", "split", "deep", "warps", "group")
 
 
 def stages_of(shape: ConvShape, strategy: str) -> tuple[Conv2dShape, ...]:
@@ -64,12 +64,13 @@ def make_part(
     out_width: int | None = None,
 ) -> Part:
     """One kernel from values of `FIELDS`; widths in memory are the channels, unless they are given."""
-    tile_h, tile_w, split, warps, group = values
+    tile_h, tile_w, split, deep, warps, group = values
     return Part(
         stages,
         tile_h,
         tile_w,
         split,
+        deep,
         warps,
         group,
         device,

@@ -21,7 +21,6 @@ import numpy as np
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import chain_conv, direct, model
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
-from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
 from tdc_tvm.schedules.cuda.space import splits, tiles, tiles_of_eights
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
@@ -31,7 +30,7 @@ from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConv
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile.
 _LEAST, _MOST = 8, 256
-_WARPS = {1: (4, 8, 16), 4: (4, 8, 12, 16)}
+_WARPS = {1: (4, 8, 16), 4: (4, 8, 16)}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
@@ -106,9 +105,10 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
         if not shapes:
             continue
-        numbers = np.meshgrid(range(len(shapes)), splits(stages, core, MAX_CLUSTER), warps_of, [group], indexing="ij")
-        tile, *others = (axis.ravel() for axis in numbers)
-        grid = np.stack([*np.array(shapes)[tile].T, *others])
+        sharing = np.array(splits(stages, core))
+        numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), warps_of, [group], indexing="ij")
+        tile, share, *others = (axis.ravel() for axis in numbers)
+        grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *others])
         part = chain_conv.make_part(stages, (*grid[:-1], group), device)
         fits = np.broadcast_to(part.fits, grid.shape[1])
         latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), grid.shape[1])[fits])

@@ -158,8 +158,10 @@ _BODIES = {
   nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *(float*)&pair;
 }""",
+    # Of what is sent, mailboxes tell.  This only says that others' mailboxes are open, which have a fence of their
+    # own, and that what they were sent has been used: a release would wait for all stores to global memory.
     "tdc_cluster_arrive": """void tdc_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }""",
     "tdc_cluster_wait": """void tdc_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -3,10 +3,10 @@
 A *part* is one kernel: one to three consecutive stages of a Tucker convolution, or a whole dense
 one.  A block computes all its stages over a spatial tile.  What one stage hands to the next stays in
 shared memory.  ``split`` blocks can share a tile.  With one stage, each computes a slice of its
-channels.  With several they form a cluster: each computes a slice of the channels that the core
-reads, and from them its part of the core's sums.  The parts meet in shared memory, where each block
-adds up those of a group of pixels, and sends the results to all others; each then computes a slice
-of the channels of the stage after the core.
+channels, unless they divide its depth (``deep``).  With several they do, and form a cluster: each
+computes a slice of the channels that the core reads, and from them its part of the core's sums.
+The parts meet in shared memory, where each block adds up those of a group of pixels, and sends the
+results to all others; each then computes a slice of the channels of the stage after the core.
 
 A stage is a product of weights (channels x depth) and pixels (depth x pixels), the depth being the
 window's taps times the input channels.  All operands are loaded as vectors of 16 bytes along the
@@ -94,6 +94,8 @@ class Part:
         Rows and columns of output that a block computes.
     split : int or array
         Blocks that share a tile.
+    deep : int or array
+        1 if they divide the depth of a single stage, 0 if its channels.
     warps : int or array
         Warps of a block.
     group : int
@@ -108,6 +110,7 @@ class Part:
     tile_h: Number
     tile_w: Number
     split: Number
+    deep: Number
     warps: Number
     group: int
     device: DeviceSpec
@@ -176,7 +179,12 @@ class Part:
     @property
     def is_cluster(self) -> Number:
         """Whether blocks depend on each other."""
-        return (self.split > 1) & (len(self.stages) > 1)
+        return (self.split > 1) & self.divides_depth
+
+    @property
+    def divides_depth(self) -> Number:
+        """Whether the blocks that share a tile have parts of the core's depth each."""
+        return self.deep == 1 if len(self.stages) == 1 else True
 
     @functools.cached_property
     def is_staged(self) -> Number:
@@ -215,9 +223,9 @@ class Part:
             return self.halo[0] * self.halo[1]
         return self.halo[0] * self.row_pixels if stage == self.core_index else self.pixels(stage)
 
-    def has_own_channels(self, stage: int) -> bool:
+    def has_own_channels(self, stage: int) -> Number:
         """Whether each of the blocks that share a tile computes channels of its own; of a cluster's core, sums."""
-        return len(self.stages) == 1 or stage != self.core_index
+        return self.divides_depth ^ True if stage == self.core_index else True
 
     @property
     def gathers(self) -> Number:
@@ -228,9 +236,10 @@ class Part:
     def in_channels(self, stage: int) -> Number:
         """Input channels of a stage that a block reads, filled up to whole units of depth."""
         channels = self.stages[stage].in_channels
-        if stage != self.core_index or len(self.stages) == 1:
+        if stage != self.core_index:
             return round_up(channels, self.unit.depth)
-        return round_up(ceil_div(channels, self.split), larger(self.unit.depth, SLICE * (self.split > 1)))
+        parts = 1 + (self.split - 1) * self.divides_depth
+        return round_up(ceil_div(channels, parts), larger(self.unit.depth, SLICE * (parts > 1)))
 
     @of_stage
     def depth_units(self, stage: int) -> int:
@@ -242,7 +251,9 @@ class Part:
     def slice_channels(self, stage: int) -> Number:
         """Output channels that a block computes; those behind the last channel are zero."""
         needed = self.in_channels(stage + 1) if stage < self.last else self.out_width
-        return slice_channels(needed, self.split if stage == self.last and self.has_own_channels(stage) else 1)
+        return slice_channels(
+            needed, 1 + (self.split - 1) * (self.has_own_channels(stage) if stage == self.last else 0)
+        )
 
     @of_stage
     def plane_words(self, stage: int) -> Number:
@@ -555,10 +566,11 @@ class Part:
         resident = self.resident
         clusters = larger(1, resident * self.device.core_count // self.split)
         assert self.device.probe is not None
-        if self.device.probe.clusters and len(self.stages) > 1:
+        if self.device.probe.clusters and np.any(self.is_cluster):
             table = np.array(self.device.probe.clusters)
             most = table[smaller(resident, len(table)) - 1, smaller(self.split, MAX_CLUSTER) - 1]
-            clusters = smaller(clusters, most if most.shape else int(most))
+            most = smaller(clusters, most if most.shape else int(most))
+            clusters = clusters - self.is_cluster * (clusters - most)
         fewest = ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
         return self.split * (fewest + (resident > 1) * (smaller(self.tile_count, clusters) - fewest))
 
@@ -574,7 +586,7 @@ class Part:
         least = smaller(smaller(self.tile_h, self.tile_w), smaller(self.split, self.warps))
         fits = (least >= 1) & (self.threads <= MAX_THREADS) & (self.smem_bytes <= device.smem_per_block_optin_bytes)
         most = MAX_CLUSTER if device.compute_capability >= 90 else 1
-        fits = fits & ((self.split <= most) | ~np.bool_(len(self.stages) > 1))
+        fits = fits & ((self.split <= most) | (self.is_cluster == 0))
         if self.unit.name == "wgmma":
             fits = fits & self.has_rows_of_eight & self.is_staged
             for i in range(len(self.stages)):

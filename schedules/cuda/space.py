@@ -5,26 +5,34 @@ from __future__ import annotations
 import itertools
 
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
-from tdc_tvm.schedules.cuda.plan import SLICE, slice_channels
+from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER, SLICE, slice_channels
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.shape import Conv2dShape
 
 
-def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape, most: int) -> list[int]:
-    """Numbers of blocks to share a tile with: each that leaves a block fewer channels than all lower ones.
+# Slices of the channels of one stage, at most.
+_MOST_SLICES = 32
 
-    One stage is divided by its output channels, several by the channels that the core reads.
+
+def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int, int]]:
+    """Numbers of blocks to share a tile with, and whether they divide the depth of a single stage.
+
+    Each that leaves a block fewer channels than all lower ones: of what it computes, or of what the core reads.
     """
     unit = UNITS[core.precision, 1].depth
-    found: list[int] = []
-    least = float("inf")
-    for split in range(1, most + 1):
-        if len(stages) == 1:
-            channels, much = slice_channels(core.out_channels, split), 0.85
-        else:
-            channels, much = round_up(ceil_div(core.in_channels, split), max(unit, SLICE)), 1.0
-        if channels < much * least:
-            found.append(split)
+    found = [(1, 0)]
+    if len(stages) == 1:
+        least = slice_channels(core.out_channels, 1)
+        for split in range(2, _MOST_SLICES + 1):
+            channels = slice_channels(core.out_channels, split)
+            if channels < 0.85 * least:
+                found.append((split, 0))
+                least = channels
+    least = core.in_channels
+    for split in range(2, MAX_CLUSTER + 1):
+        channels = round_up(ceil_div(core.in_channels, split), max(unit, SLICE))
+        if channels < least:
+            found.append((split, int(len(stages) == 1)))
             least = channels
     return found
 

@@ -141,12 +141,12 @@ def test_padding_is_zero_after_the_first_bias(tmp_path):
 
 
 def config_of(strategy, *parts, **more):
-    """A configuration from (tile_h, tile_w, split, warps) and the warps that multiply together (1) of each kernel."""
-    values = [
-        (f"{field}{number or ''}", value)
-        for number, part in enumerate(parts)
-        for field, value in zip(FIELDS, (*part, 1)[:5], strict=True)
-    ]
+    """A configuration from (tile_h, tile_w, split, warps[, group = 1[, deep = 0]]) of each kernel."""
+    values = []
+    for number, part in enumerate(parts):
+        tile_h, tile_w, split, warps, group, deep = (*part, *(1, 0)[len(part) - 4 :])
+        given = (tile_h, tile_w, split, deep, warps, group)
+        values += [(f"{field}{number or ''}", value) for field, value in zip(FIELDS, given, strict=True)]
     return KernelConfig(strategy, (*values, *more.items()))
 
 
@@ -161,6 +161,7 @@ def test_every_strategy_is_right(tmp_path, precision):
         config_of("two", plain, (2, 8, 2, 2), cut=1),
         config_of("two", (2, 4, 2, 8), plain, cut=2),
         config_of("three", (8, 8, 1, 2), plain, (5, 3, 2, 1)),
+        config_of("three", (4, 4, 2, 2, 1, 1), (3, 4, 3, 4, 1, 1), (5, 3, 2, 1, 1, 1)),
     ]
     merged = gpu_check.Case(shape, Epilogue(True, 0.0), (False, True, True))
     case = gpu_check.Case(shape, Epilogue(True, 0.0), (True, True, True))
@@ -169,7 +170,8 @@ def test_every_strategy_is_right(tmp_path, precision):
     runs.append((merged, config_of("dense", (3, 3, 2, 4)), H100))
     unpadded = TuckerConvShape(replace(dense, padding=(0, 0, 0, 0)), 33, 17)
     runs.append((gpu_check.Case(unpadded, Epilogue(), (True, True, False)), config_of("dense", (3, 3, 2, 4)), H100))
-    assert not emulate(tmp_path, [*runs, (conv_case, config_of("conv", (3, 3, 2, 4)), H100)])
+    runs.append((conv_case, config_of("conv", (3, 3, 2, 4)), H100))
+    assert not emulate(tmp_path, [*runs, (conv_case, config_of("conv", (4, 3, 3, 4, 1, 1)), H100)])
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
@@ -193,6 +195,8 @@ def test_four_warps_together_are_right(tmp_path, precision):
         (case, config_of("three", (3, 19, 1, 4, 4), (5, 8, 1, 8, 4), (16, 16, 3, 8, 4)), small),
         (merged, config_of("dense", (8, 8, 2, 16, 4)), tight),
         (gpu_check.Case(dilated, Epilogue(), (True,)), config_of("conv", (7, 8, 1, 8, 4)), tight),
+        (gpu_check.Case(dilated, Epilogue(), (True,)), config_of("conv", (7, 8, 2, 8, 4, 1)), H100),
+        (case, config_of("three", (3, 19, 2, 4, 4, 1), (5, 8, 2, 8, 4, 1), (16, 16, 3, 8, 4)), small),
     ]
     for stride in (2, 1), (1, 2), (3, 2):
         strided = replace(dense, stride=stride)
