@@ -30,7 +30,7 @@ from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConv
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile.
 _LEAST, _MOST = 8, 256
-_WARPS = {1: (4, 8, 16), 4: (4, 8, 16)}
+_WARPS = {1: (4, 8, 16), 4: (4, 8)}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
