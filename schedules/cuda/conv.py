@@ -105,7 +105,7 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
         shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
         if not shapes:
             continue
-        sharing = np.array(splits(stages, core))
+        sharing: np.ndarray = np.array(splits(stages, core))
         numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), warps_of, [group], indexing="ij")
         tile, share, *others = (axis.ravel() for axis in numbers)
         grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *others])

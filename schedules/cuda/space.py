@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
-from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER, SLICE, slice_channels
+from tdc_tvm.schedules.cuda.division import SLICE, slice_channels
+from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.shape import Conv2dShape
-
 
 # Slices of the channels of one stage, at most.
 _MOST_SLICES = 32
