@@ -670,9 +670,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; a line that a dying process left unfinished is passed over."""
+    """The records of a file of JSON lines, packed by ``xz`` or not; a line that was left unfinished is passed over."""
     records = []
-    for line in output.read_text().splitlines() if output.exists() else ():
+    unpack = lzma.decompress if output.suffix == ".xz" else bytes
+    for line in unpack(output.read_bytes()).decode().splitlines() if output.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

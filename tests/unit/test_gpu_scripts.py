@@ -1,6 +1,7 @@
 """What the GPU benchmarks do without a GPU: packing, sampling, supervising, fitting."""
 
 import json
+import lzma
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,9 @@ def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_p
     command = [sys.executable, str(worker), str(output), layer["text"]]
     left = gpu_layers.supervise(command, manifest, list("abcd"), output, 60, 1.5)
     records = {record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)[1:]}
+    packed = tmp_path / "results.jsonl.xz"
+    packed.write_bytes(lzma.compress(output.read_bytes()))
+    assert gpu_layers.read_records(packed) == gpu_layers.read_records(output)
     assert left == 0
     assert records == {"a": "", "b": "the process ended with status 9", "c": "no result in 1.5 s", "d": ""}
 
