@@ -44,12 +44,15 @@ class Placement:
         Through the ring of ``slots`` of ``slot_vectors`` vectors.
     slots, slot_vectors : int
         Of the ring; no slots if there is none.
+    chunk_bytes : int
+        Of a chunk that goes through it, about, at most.
     """
 
     resident: tuple[Number, ...]
     ring: tuple[Number, ...]
     slots: Number
     slot_vectors: Number
+    chunk_bytes: Number
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,17 @@ class Part(Division):
         """Whether one thread can copy a chunk, and all can wait for it alone: from sm_90 on."""
         return self.device.compute_capability >= 90
 
-    @of_stage
-    def ring_units(self, stage: int) -> Number:
+    def ring_units(self, stage: int, most_bytes: Number) -> Number:
         """Units of depth of a chunk that goes through the ring, in each part of it: one, or whole turns of a loop."""
         share, kept = self.share(stage), self.rows_kept(stage)
         if self.unit.name == "wgmma":
-            return self.whole_taps(stage, _CHUNK_BYTES)
+            return self.whole_taps(stage, most_bytes)
         turn = kept + (kept == 1)
-        most = larger(1, smaller(_CHUNK_UNITS, _CHUNK_BYTES // (16 * self.unit_vectors(stage))) // turn * turn)
+        unit_bytes = 16 * self.unit_vectors(stage)
+        # A turn at least, if a place of its own would have room for it: all warps meet before each chunk.
+        least = 1 + (kept - 1) * (kept * unit_bytes <= _PIECE_BYTES)
+        units = smaller(_CHUNK_UNITS * most_bytes // _CHUNK_BYTES, most_bytes // unit_bytes)
+        most = larger(least, units // turn * turn)
         even = ceil_div(share, ceil_div(share, most))
         return smaller(larger(1, round_up(even, turn) * (most > 1)), share)
 
@@ -83,7 +89,7 @@ class Part(Division):
         count = ceil_div(share * self.unit_vectors(stage), _PIECE_BYTES // 16)
         return smaller(round_up(ceil_div(share, count), kept + (kept == 1)), share)
 
-    def whole_taps(self, stage: int, most_bytes: int) -> Number:
+    def whole_taps(self, stage: int, most_bytes: Number) -> Number:
         """Units of depth of a chunk of at most so many bytes, about: some taps, or an even part of one; all alike."""
         per_tap, kernel = self.in_channels(stage) // self.unit.depth, self.stages[stage].kernel
         most = most_bytes // (16 * self.unit_vectors(stage))
@@ -101,7 +107,7 @@ class Part(Division):
         """Units of depth of a chunk."""
         place = self.placement
         in_pieces = self.share(stage) - place.resident[stage] * (self.share(stage) - self.piece_units(stage))
-        return in_pieces - place.ring[stage] * (in_pieces - self.ring_units(stage))
+        return in_pieces - place.ring[stage] * (in_pieces - self.ring_units(stage, place.chunk_bytes))
 
     @of_stage
     def chunks(self, stage: int) -> Number:
@@ -187,26 +193,45 @@ class Part(Division):
         sizes = [self.resident_vectors(i) for i in count]
         # Warps that compute several tiles of a stage read its weights several times, and not through a ring.
         once = [self.turns_of_work(i) == 1 for i in count]
-        slot, others = 1, 0
-        for i in count:
-            slot = larger(slot, once[i] * self.ring_units(i) * self.unit_vectors(i))
-            others = others + (1 - once[i]) * sizes[i]
-        slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + SLOTS_IN_USE))
-        ring_slot = slot + self.has_bulk_copies
+        others = sum((1 - one) * size for one, size in zip(once, sizes, strict=True))
+
+        def ring_of(most_bytes: int) -> tuple[Number, Number, Number]:
+            """Slots, vectors of one, and of all of them."""
+            slot: Number = 1
+            for i in count:
+                slot = larger(slot, once[i] * self.ring_units(i, most_bytes) * self.unit_vectors(i))
+            slots = larger(_LEAST_SLOTS, smaller(_MOST_SLOTS, ceil_div(_RING_BYTES // 16, slot) + SLOTS_IN_USE))
+            return slots, slot, slots * (slot + self.has_bulk_copies)
+
+        ring = ring_of(_CHUNK_BYTES)
         room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
         is_short = (self.tile_count * self.split <= self.device.core_count) & (self.most_resident > 1)
-        halved = is_short & (smaller(sum(sizes), slots * ring_slot + others) <= half)
+        halved = is_short & (smaller(sum(sizes), ring[-1] + others) <= half)
         room = halved * half + (1 - halved) * room
         whole = sum(sizes) <= room
-        has_ring = (whole == 0) & (sum(once) > 0) & (slots * ring_slot <= room)
-        room = room - has_ring * slots * ring_slot
-        resident: list[Number] = [False] * len(sizes)
-        for i in sorted(count, key=lambda i: (i != self.core_index, i)):
-            resident[i] = whole | (sizes[i] <= room)
-            room = room - resident[i] * sizes[i]
-        ring = [has_ring & one & (own == 0) for one, own in zip(once, resident, strict=True)]
-        return Placement(tuple(resident), tuple(ring), (sum(ring) > 0) * slots, slot)
+
+        def resident_beside(ring_vectors: Number) -> tuple[Number, list[Number]]:
+            """Whether there is a ring, and which stages have all their weights beside it."""
+            has_ring = (whole == 0) & (sum(once) > 0) & (ring_vectors <= room)
+            left, resident = room - has_ring * ring_vectors, [False] * len(sizes)
+            for i in sorted(count, key=lambda i: (i != self.core_index, i)):
+                resident[i] = whole | (sizes[i] <= left)
+                left = left - resident[i] * sizes[i]
+            return has_ring, resident
+
+        has_ring, resident = resident_beside(ring[-1])
+        # Warps meet less often before larger chunks, where these take nothing else's place.
+        larger_ring = ring_of(2 * _CHUNK_BYTES)
+        has_larger, beside_larger = resident_beside(larger_ring[-1])
+        is_large = has_larger & (halved == 0)
+        for one, other in zip(resident, beside_larger, strict=True):
+            is_large = is_large & (one == other)
+        slots, slot, _ = (a + is_large * (b - a) for a, b in zip(ring, larger_ring, strict=True))
+        in_ring = [has_ring & one & (own == 0) for one, own in zip(once, resident, strict=True)]
+        return Placement(
+            tuple(resident), tuple(in_ring), (sum(in_ring) > 0) * slots, slot, _CHUNK_BYTES * (1 + is_large)
+        )
 
     def is_held(self, stage: int) -> Number:
         """Whether a stage's weights go through shared memory."""
