@@ -353,7 +353,7 @@ def _clusters() -> list[list[int]]:
     most = ok(driver.cuDeviceGetAttribute(limits.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0))
     ok(driver.cuFuncSetAttribute(kernel, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most))
     ok(driver.cuFuncSetAttribute(kernel, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
-    found = []
+    found: list[list[int]] = []
     for resident in RESIDENT:
         found.append([])
         for size in CLUSTER_SIZES:
