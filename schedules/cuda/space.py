@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.division import SLICE, slice_channels
@@ -21,19 +22,18 @@ def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int
     """
     unit = UNITS[core.precision, 1].depth
     found = [(1, 0)]
-    if len(stages) == 1:
-        least = slice_channels(core.out_channels, 1)
-        for split in range(2, _MOST_SLICES + 1):
-            channels = slice_channels(core.out_channels, split)
-            if channels < 0.85 * least:
-                found.append((split, 0))
-                least = channels
-    least = core.in_channels
-    for split in range(2, MAX_CLUSTER + 1):
-        channels = round_up(ceil_div(core.in_channels, split), max(unit, SLICE))
-        if channels < least:
-            found.append((split, int(len(stages) == 1)))
-            least = channels
+
+    def add(most: int, deep: int, much: float, channels_of: Callable[[int], int]) -> None:
+        least = channels_of(1)
+        for split in range(2, most + 1):
+            if channels_of(split) < much * least:
+                found.append((split, deep))
+                least = channels_of(split)
+
+    is_one = len(stages) == 1
+    if is_one:
+        add(_MOST_SLICES, 0, 0.85, lambda split: slice_channels(core.out_channels, split))
+    add(MAX_CLUSTER, int(is_one), 1.0, lambda split: round_up(ceil_div(core.in_channels, split), max(unit, SLICE)))
     return found
 
 

@@ -35,6 +35,15 @@ def test_what_is_measured_or_scaled_stays_below_the_datasheet(gpu):
     assert 0.9 < gpu.probe.shared_bytes_per_s_per_core / (128 * gpu.clock_hz) <= 1
 
 
+def test_clusters_fit_to_processors():
+    for gpu in GPUS.values():
+        assert bool(gpu.probe.clusters) == (gpu.arch == "sm_90")
+        for resident, counts in enumerate(gpu.probe.clusters, 1):
+            assert counts[0] == resident * gpu.core_count
+            assert len(counts) == 16
+            assert all(size * count <= resident * gpu.core_count for size, count in enumerate(counts, 1))
+
+
 def test_peak_rates_fit_to_processors_and_clocks():
     """64 or 128 fused multiply-adds of a processor in a cycle."""
     for gpu in GPUS.values():
