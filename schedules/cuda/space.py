@@ -52,7 +52,7 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
         for columns in extents(core.out_width):
             if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
                 found.append((rows, columns))
-    return found or [(1, max(1, min(least, core.out_width)))]
+    return _distinct(core, found) or [(1, max(1, min(least, core.out_width)))]
 
 
 def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
@@ -65,4 +65,19 @@ def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
         pixels = rows * columns
         if rows < 2 * core.out_height and pixels <= most and 2 * pixels >= round_up(pixels, 64):
             found.append((rows, columns))
-    return found
+    return _distinct(core, found)
+
+
+def _distinct(core: Conv2dShape, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without a window, only how many pixels a tile has makes a difference: those that fill the image best, widest."""
+    if not core.is_pointwise or core.stride != (1, 1):
+        return found
+    best: dict[int, tuple[int, int]] = {}
+
+    def order(tile: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = tile
+        return ceil_div(core.out_height, rows) * ceil_div(core.out_width, columns), rows
+
+    for rows, columns in found:
+        best[rows * columns] = min(best.get(rows * columns, (rows, columns)), (rows, columns), key=order)
+    return list(best.values())
