@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import build_layers
 import gpu_layers
 from gpu_layers import Contender, Gpu
 
@@ -109,14 +110,14 @@ def build(
 ) -> dict[str, Any]:
     """Compile what ``choose`` gives for every layer: configurations, and whether each is the model's pick."""
     described = {
-        f"layer{index}": gpu_layers.describe(shape, groups) for index, (shape, groups) in enumerate(layers.items())
+        f"layer{index}": build_layers.describe(shape, groups) for index, (shape, groups) in enumerate(layers.items())
     }
     candidates = [
-        gpu_layers.Candidate(key, shape, config, is_pick)
+        build_layers.Candidate(key, shape, config, is_pick)
         for key, shape in zip(described, layers, strict=True)
         for config, is_pick in choose(shape)
     ]
-    return gpu_layers.build(folder, described, candidates, device, precision, jobs)
+    return build_layers.build(folder, described, candidates, device, precision, jobs)
 
 
 def cudnn(gpu: Gpu, layer: dict[str, Any], chain: str, name: str) -> list[Contender]:
@@ -400,7 +401,7 @@ def main() -> int:
             arguments.jobs,
             lambda shape: [(backend(device).choose(shape, device)[0], True)],
         )
-        return gpu_layers.print_build(manifest)
+        return build_layers.print_build(manifest)
     from rich.console import Console
 
     records = [record for path in arguments.results for record in gpu_layers.read_records(path)]

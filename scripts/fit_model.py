@@ -16,14 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import build_layers
 import gpu_layers
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import minimize
 
 from tdc_tvm.schedules.cuda import chain_conv, model
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
+
+# Predictions that differ by this share seem alike; errors of more than this share are large.
+_NEARLY, _SMALL = 0.05, 0.1
 
 
 @dataclass
@@ -57,6 +61,18 @@ class Measured:
         """The pick's time over the best."""
         return self.times_us[self.predict(constants).argmin()] / self.times_us.min()
 
+    def expected_loss(self, predicted: np.ndarray) -> float:
+        """Its logarithm, on average of picks that seem nearly as fast: smooth, and unlike the pick's own not luck."""
+        chances = np.exp(-np.log(predicted / predicted.min()) / _NEARLY)
+        return chances @ np.log(self.times_us / self.times_us.min()) / chances.sum()
+
+    def misfit(self, predicted: np.ndarray) -> float:
+        """How far predictions are off, on average: squares for small errors, and for large ones absolute values."""
+        # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
+        weights = np.minimum(1.0, self.times_us.min() / np.minimum(self.times_us, predicted)) ** 4
+        errors = weights * np.log(predicted / self.times_us) / _SMALL
+        return np.mean(2 * _SMALL**2 * (np.sqrt(1 + errors**2) - 1))
+
 
 def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Measured]:
     """Group records by layer."""
@@ -66,7 +82,7 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
             layers.setdefault(record["shape"]["text"], []).append(record)
     found = []
     for text, members in layers.items():
-        shape = gpu_layers.shape_of(members[0]["shape"])
+        shape = build_layers.shape_of(members[0]["shape"])
         by_stages: dict[tuple, list[int]] = {}
         for index, record in enumerate(members):
             config = KernelConfig(record["strategy"], tuple(record["config"].items()))
@@ -87,23 +103,23 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
 
 
 def fit_constants(layers: list[Measured], start: model.Constants) -> model.Constants:
-    """The constants under which predictions are closest to what was measured, fast kernels counting more."""
+    """The constants that pick best, and under which predictions are close to what was measured."""
     names = model.names()
-
-    def residuals(logarithms: np.ndarray) -> np.ndarray:
-        constants = model.Constants(*np.exp(logarithms))
-        parts = []
-        for layer in layers:
-            # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
-            predicted = layer.predict(constants)
-            seen_us = np.minimum(layer.times_us, predicted)
-            weight = np.minimum(1.0, layer.times_us.min() / seen_us) ** 4
-            parts.append(weight * np.log(predicted / layer.times_us) / np.sqrt(len(weight)))
-        # Constants that the data do not tell stay where they are.
-        return np.concatenate([*parts, 0.01 * (logarithms - origin)])
-
     origin = np.log([getattr(start, name) for name in names])
-    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1)
+
+    def objective(logarithms: np.ndarray) -> float:
+        constants = model.Constants(*np.exp(logarithms))
+        total = 0.0
+        for layer in layers:
+            predicted = layer.predict(constants)
+            # Not less than by what was measured itself.
+            excess = max(0.0, layer.expected_loss(predicted) - layer.expected_loss(layer.times_us))
+            # The worst pick counts more.
+            total += excess + 4 * excess**2 + layer.misfit(predicted)
+        # Constants that the data do not tell stay where they are.
+        return total / len(layers) + 1e-4 * np.sum((logarithms - origin) ** 2)
+
+    found = minimize(objective, origin, method="L-BFGS-B", options={"maxiter": 60, "eps": 1e-3})
     return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 

