@@ -19,7 +19,7 @@ from typing import Any
 import build_layers
 import gpu_layers
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 
 from tdc_tvm.schedules.cuda import chain_conv, model
 from tdc_tvm.schedules.cuda.plan import Part
@@ -66,12 +66,17 @@ class Measured:
         chances = np.exp(-np.log(predicted / predicted.min()) / _NEARLY)
         return chances @ np.log(self.times_us / self.times_us.min()) / chances.sum()
 
-    def misfit(self, predicted: np.ndarray) -> float:
-        """How far predictions are off, on average: squares for small errors, and for large ones absolute values."""
-        # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
+    def errors(self, predicted: np.ndarray) -> np.ndarray:
+        """How far predictions are off, in small errors; what is far from the best counts by how near it is, or seems.
+
+        It is picked if it seems near.
+        """
         weights = np.minimum(1.0, self.times_us.min() / np.minimum(self.times_us, predicted)) ** 4
-        errors = weights * np.log(predicted / self.times_us) / _SMALL
-        return np.mean(2 * _SMALL**2 * (np.sqrt(1 + errors**2) - 1))
+        return weights * np.log(predicted / self.times_us) / _SMALL
+
+    def misfit(self, predicted: np.ndarray) -> float:
+        """Errors on average: squares of small ones, and for large ones absolute values."""
+        return np.mean(2 * _SMALL**2 * (np.sqrt(1 + self.errors(predicted) ** 2) - 1))
 
 
 def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Measured]:
@@ -117,9 +122,16 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
             # The worst pick counts more.
             total += excess + 4 * excess**2 + layer.misfit(predicted)
         # Constants that the data do not tell stay where they are.
-        return total / len(layers) + 1e-4 * np.sum((logarithms - origin) ** 2)
+        return total / len(layers) + 1e-5 * np.sum((logarithms - origin) ** 2)
 
-    found = minimize(objective, origin, method="L-BFGS-B", options={"maxiter": 60, "eps": 1e-3})
+    def residuals(logarithms: np.ndarray) -> np.ndarray:
+        constants = model.Constants(*np.exp(logarithms))
+        errors = [layer.errors(layer.predict(constants)) / np.sqrt(len(layer.times_us)) for layer in layers]
+        return np.concatenate([*errors, 0.1 * (logarithms - origin)])
+
+    # Close to what was measured first, and then picks: squares are found much faster.
+    near = least_squares(residuals, origin, loss="soft_l1").x
+    found = minimize(objective, near, method="L-BFGS-B", options={"maxiter": 60, "eps": 1e-3})
     return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 
