@@ -70,7 +70,7 @@ def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
 
 def _distinct(core: Conv2dShape, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Without a window, only how many pixels a tile has makes a difference: those that fill the image best, widest."""
-    if not core.is_pointwise or core.stride != (1, 1):
+    if not core.is_pointwise:
         return found
     best: dict[int, tuple[int, int]] = {}
 

@@ -337,6 +337,18 @@ def test_an_input_that_does_not_fit_into_shared_memory_is_read_from_global_memor
     assert not emulate(tmp_path, runs)
 
 
+def test_tiles_of_as_many_pixels_are_tried_once_where_there_is_no_window():
+    tiles = []
+    for kernel, padding in ((1, 0), (3, 1)):
+        shape = Conv2dShape(1, 56, 56, 64, 64, (kernel, kernel), padding=(padding,) * 4)
+        tiles.append({(config["tile_h"], config["tile_w"]) for config in conv.candidates(shape, H100)})
+    pointwise, windowed = tiles
+    assert len(pointwise) == len({rows * columns for rows, columns in pointwise})
+    # 56 x 56 are 49 tiles of 8 x 8, but 56 of 2 x 32.
+    assert (8, 8) in pointwise
+    assert {(8, 8), (4, 16), (16, 4)} <= windowed
+
+
 def test_there_is_always_a_way():
     """However large the ranks: three kernels need next to no shared memory."""
     for precision in DTYPES:
