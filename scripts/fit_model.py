@@ -19,15 +19,12 @@ from typing import Any
 import build_layers
 import gpu_layers
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import least_squares
 
 from tdc_tvm.schedules.cuda import chain_conv, model
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
-
-# Predictions that differ by this share seem alike; errors of more than this share are large.
-_NEARLY, _SMALL = 0.05, 0.1
 
 
 @dataclass
@@ -61,23 +58,6 @@ class Measured:
         """The pick's time over the best."""
         return self.times_us[self.predict(constants).argmin()] / self.times_us.min()
 
-    def expected_loss(self, predicted: np.ndarray) -> float:
-        """Its logarithm, on average of picks that seem nearly as fast: smooth, and unlike the pick's own not luck."""
-        chances = (predicted.min() / predicted) ** (1 / _NEARLY)
-        return chances @ np.log(self.times_us / self.times_us.min()) / chances.sum()
-
-    def errors(self, predicted: np.ndarray) -> np.ndarray:
-        """How far predictions are off, in small errors; what is far from the best counts by how near it is, or seems.
-
-        It is picked if it seems near.
-        """
-        weights = np.minimum(1.0, self.times_us.min() / np.minimum(self.times_us, predicted)) ** 4
-        return weights * np.log(predicted / self.times_us) / _SMALL
-
-    def misfit(self, predicted: np.ndarray) -> float:
-        """Errors on average: squares of small ones, and for large ones absolute values."""
-        return np.mean(2 * _SMALL**2 * (np.sqrt(1 + self.errors(predicted) ** 2) - 1))
-
 
 def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Measured]:
     """Group records by layer."""
@@ -108,30 +88,23 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
 
 
 def fit_constants(layers: list[Measured], start: model.Constants) -> model.Constants:
-    """The constants that pick best, and under which predictions are close to what was measured."""
+    """The constants under which predictions are closest to what was measured, fast kernels counting more."""
     names = model.names()
-    origin = np.log([getattr(start, name) for name in names])
-
-    def objective(logarithms: np.ndarray) -> float:
-        constants = model.Constants(*np.exp(logarithms))
-        total = 0.0
-        for layer in layers:
-            predicted = layer.predict(constants)
-            # Not less than by what was measured itself.
-            excess = max(0.0, layer.expected_loss(predicted) - layer.expected_loss(layer.times_us))
-            # The worst pick counts more.
-            total += excess + 4 * excess**2 + layer.misfit(predicted)
-        # Constants that the data do not tell stay where they are.
-        return total / len(layers) + 1e-5 * np.sum((logarithms - origin) ** 2)
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
         constants = model.Constants(*np.exp(logarithms))
-        errors = [layer.errors(layer.predict(constants)) / np.sqrt(len(layer.times_us)) for layer in layers]
-        return np.concatenate([*errors, 0.1 * (logarithms - origin)])
+        parts = []
+        for layer in layers:
+            # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
+            predicted = layer.predict(constants)
+            seen_us = np.minimum(layer.times_us, predicted)
+            weight = np.minimum(1.0, layer.times_us.min() / seen_us) ** 4
+            parts.append(weight * np.log(predicted / layer.times_us) / np.sqrt(len(weight)))
+        # Constants that the data do not tell stay where they are.
+        return np.concatenate([*parts, 0.01 * (logarithms - origin)])
 
-    # Close to what was measured first, and then picks: squares are found much faster.
-    near = least_squares(residuals, origin, loss="soft_l1").x
-    found = minimize(objective, near, method="L-BFGS-B", options={"maxiter": 60, "eps": 1e-3})
+    origin = np.log([getattr(start, name) for name in names])
+    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1)
     return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 
