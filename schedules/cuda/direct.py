@@ -180,7 +180,10 @@ def _emit(
         edge = at[3] < shape.out_channels if shape.out_channels % tile.width else None
         inside = emit.all_of(condition, tail, edge)
         value = value + buffers["bias"][at[3]] if "bias" in buffers else value
-        emit.store_if(inside, out, emit.finish(value, epilogue, buffers.get("residual"), at), at)
+        # TVM can compute the value before it asks whether to store it: the residual has no channels behind the last.
+        channel = at[3] if edge is None else tirx.min(at[3], shape.out_channels - 1)
+        value = emit.finish(value, epilogue, buffers.get("residual"), (*at[:3], channel))
+        emit.store_if(inside, out, value, at)
 
     multiply = dense if shape.groups == 1 else grouped
     emit.product(tile, thread, shared, tile.groups * tile.pixels, tile.width, multiply, store)

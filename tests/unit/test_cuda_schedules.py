@@ -364,6 +364,12 @@ def test_no_barrier_parts_a_pragma_from_its_loop(shape):
     assert not [after for line, after in pairwise(lines) if line.startswith("#pragma") and not after.startswith("for")]
 
 
+def test_a_residual_is_not_read_behind_its_end(tmp_path):
+    shape = Conv2dShape(2, 6, 3, 39, 78, (5, 5), padding=(2, 2, 1, 1), groups=39)
+    case = gpu_check.Case(shape, Epilogue(True, -0.5, 1.5), (True,))
+    assert not emulate(tmp_path, [(case, conv.choose(shape, H100)[0], H100)])
+
+
 @pytest.mark.parametrize("epilogue", [PLAIN, Epilogue(clip_min=0.0), Epilogue(clip_min=0.0, clip_max=6.0)], ids=str)
 def test_a_nan_reaches_the_outputs_that_depend_on_it_and_no_others(tmp_path, epilogue):
     shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME), 4, 4)
