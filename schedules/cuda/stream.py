@@ -7,6 +7,7 @@ import functools
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.block import Block, local, when
 from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
@@ -111,9 +112,13 @@ class WeightStream:
         groups as later.
         """
         slots = self.part.placement.slots
-        ahead = min(slots - SLOTS_IN_USE, self.ring_chunks)
-        for stage, first in enumerate(self.first_chunk):
-            if self.part.placement.ring[stage]:
+        # Of a ring of few chunks also those that the next tile begins with.
+        ahead = min(slots - SLOTS_IN_USE, self.part.rounds * self.ring_chunks)
+        for turn in range(ceil_div(ahead, self.ring_chunks)):
+            for stage, first_chunk in enumerate(self.first_chunk):
+                if not self.part.placement.ring[stage]:
+                    continue
+                first = turn * self.ring_chunks + first_chunk
                 count = min(self.part.chunks(stage), max(0, ahead - first))
                 if self.part.has_bulk_copies:
                     self.block.each_warp(count, functools.partial(self.fetch_first, stage, first))

@@ -18,6 +18,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import conv
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
+from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
 from tdc_tvm.schedules.device import GPUS
 from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
@@ -276,6 +277,20 @@ def test_weights_go_through_a_ring(tmp_path, precision, gpu):
     assert {part.split > 1 for part, i in stages} == ({False, True} if gpu is H100 else {False})
     assert any(part.tiles_of_work(i)[0] * part.tiles_of_work(i)[1] < part.warps for part, i in stages)
     assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("gpu", [H100, GPUS["A100"]], ids=lambda gpu: gpu.name)
+def test_a_ring_has_room_for_chunks_of_the_next_tile(tmp_path, gpu):
+    device = replace(gpu, core_count=2, smem_per_block_optin_bytes=64 * 1024)
+    case = gpu_check.Case(
+        TuckerConvShape(Conv2dShape(1, 12, 12, 32, 96, (3, 3), padding=SAME), 32, 32), PLAIN, (True,) * 3
+    )
+    config = config_of("tile", (2, 12, 1, 4))
+    (part,) = parts_of(case.shape, config, device)
+    (chunks,) = (part.chunks(i) for i in range(3) if part.placement.ring[i])
+    assert chunks < part.placement.slots - SLOTS_IN_USE
+    assert part.rounds > 1
+    assert not emulate(tmp_path, [(case, config, device)])
 
 
 @pytest.mark.parametrize(
