@@ -139,10 +139,10 @@ def main() -> int:
     arguments = parser.parse_args()
     records = [record for path in arguments.results for record in gpu_layers.read_records(path)]
     fitted = fit(records, GPUS[arguments.gpu])
-    values = {name: asdict(one) for name, one in (model.constants() | fitted).items()}
-    print(json.dumps({name: values[name] for name in fitted}, indent=1))
+    values = {name: asdict(one) for name, one in fitted.items()}
+    print(json.dumps(values, indent=1))
     if arguments.write:
-        model.DATA.write_text(json.dumps(values, indent=1) + "\n")
+        model.DATA.write_text(json.dumps(json.loads(model.DATA.read_text()) | values, indent=1) + "\n")
     return 0
 
 

@@ -27,6 +27,8 @@ from tdc_tvm.schedules.shape import Conv2dShape
 
 # Channels of a slice are a multiple of this: vectors of results do not cross slices.
 SLICE = 16
+# Words of shared memory that are read or written at once.
+BANKS = 32
 
 
 def of_stage(method: Callable[[Any, int], Number]) -> Callable[[Any, int], Number]:
@@ -228,15 +230,13 @@ class Division:
         Neighbouring planes begin on different banks, unless all are read alike.
         """
         words = self.unit.pixel_words
-        if self.unit.name == "wgmma":
-            return words * self.in_pixels(stage)
-        return words * (round_up(self.in_pixels(stage) - 1, 32 // words) + 1)
+        return words * (round_up(self.in_pixels(stage) - 1, BANKS // words) + 1)
 
     @of_stage
     def held_words(self, stage: int) -> Number:
-        """Words of a stage's input in shared memory."""
+        """Words of a stage's input in shared memory, whole rows of banks."""
         channels = self.slice_channels(stage - 1) if stage else self.in_channels(0)
-        return channels // self.unit.depth * self.plane_words(stage)
+        return round_up(channels // self.unit.depth * self.plane_words(stage), BANKS)
 
     @property
     def teams(self) -> Number:

@@ -42,20 +42,24 @@ class Constants:
         How much faster all processors read the same weights from the L2 cache than data of their own.
     issue_cycles : float
         A product of a unit of depth, of a lane's row and column, on a warp.
-    wait_cycles, load_cycles : float
-        Latency of a unit of depth, and of each vector that a lane loads.
+    wait_cycles, kept_wait_cycles, load_cycles : float
+        Latency of a unit of depth, of one where lanes keep rows of the window, and of each vector that a lane loads.
     overhead_cycles : float
         Instructions of a warp for a unit of depth besides products and loads.
     group_cycles, drain_cycles : float
         What a product of four warps together takes besides, and a tile of them.
     chunk_cycles : float
         What a chunk that goes through the ring takes besides: all warps meet.
+    ring_cycles : float
+        Until a chunk that the ring has room for is there.
     stage_cycles, meet_cycles, item_cycles : float
         What a stage takes besides, once and for each warp that the others wait for, and a warp's tile of it.
     handover_cycles, send_cycles : float
         Between the blocks of a cluster: once, and for 128 bytes that a block is sent.
     merge_cycles, sum_cycles : float
         Where the depth is split: once, and on the processor for 128 bytes of partial sums.
+    storing : float
+        How much longer results take to the L2 cache than data from there.
     """
 
     launch_us: float
@@ -67,11 +71,13 @@ class Constants:
     sharing: float
     issue_cycles: float
     wait_cycles: float
+    kept_wait_cycles: float
     load_cycles: float
     overhead_cycles: float
     group_cycles: float
     drain_cycles: float
     chunk_cycles: float
+    ring_cycles: float
     stage_cycles: float
     meet_cycles: float
     item_cycles: float
@@ -79,12 +85,14 @@ class Constants:
     send_cycles: float
     merge_cycles: float
     sum_cycles: float
+    storing: float
 
 
 @functools.cache
 def constants() -> dict[str, Constants]:
-    """By precision."""
-    return {name: Constants(**values) for name, values in json.loads(DATA.read_text()).items()}
+    """By precision; those of BF16 are FP16's, whose kernels differ in nothing else."""
+    values = json.loads(DATA.read_text())
+    return {name: Constants(**values[name]) for name in values} | {"bf16": Constants(**values["fp16"])}
 
 
 def names() -> list[str]:
@@ -160,10 +168,11 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share, turns_of_work = channel_tiles * pixel_tiles, part.share(i), part.turns_of_work(i)
+        # Of what multiplies: for one warp or group of them on each scheduler, and for all.  What they wait for besides.
         if unit.name == "wgmma":
             cycles = wgmma_cycles(work, unit)
-            busy = share * items * cycles
-            alone = turns_of_work * (share * (cycles + c.group_cycles) + c.drain_cycles)
+            own, busy = share * turns_of_work * cycles, share * items * cycles
+            waited_for = turns_of_work * (share * c.group_cycles + c.drain_cycles)
         else:
             # Pixels that are loaded side by side, but do not lie so, are on the same banks.
             conflicts = 2 if i == part.core_index and part.core.stride[1] > 1 else 1
@@ -171,17 +180,19 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
             # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
             active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
             of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
-            busy = share * larger(items * work.splits * loads * load_cycles, turns_of_work * active * of_scheduler)
-            unit_cycles = c.wait_cycles + loads * c.load_cycles + products * c.issue_cycles
-            alone = turns_of_work * (share * unit_cycles + c.item_cycles)
-        alone = alone + place.ring[i] * part.chunks(i) * c.chunk_cycles
+            own = share * turns_of_work * of_scheduler
+            busy = larger(share * items * work.splits * loads * load_cycles, active * own)
+            wait_cycles = np.where(part.rows_kept(i) > 1, c.kept_wait_cycles, c.wait_cycles)
+            unit_cycles = wait_cycles + loads * c.load_cycles + products * c.issue_cycles
+            waited_for = turns_of_work * (share * unit_cycles + c.item_cycles)
+        waited_for = waited_for + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
-        # Weights that stay in global memory are read through the L2 cache by each pixel tile.
         once = c.stage_cycles + part.warps * c.meet_cycles
-        stage = once + _both(busy, alone) + merge + transfer(missing[i], c.sharing)
-        needed = needed + busy
-        parts[f"stage{i}"] = turns * stage * cycle_us
+        stage = once + own + _both(busy - own, waited_for) + merge
+        needed = needed + turns * busy
+        # Weights that stay in global memory are read through the L2 cache by each pixel tile.
+        parts[f"stage{i}"] = turns * _both(stage, transfer(missing[i], c.sharing)) * cycle_us
     # What comes through the ring, and the input of the next tile where it has a place of its own, arrive meanwhile.
     stages_us = sum(value for name, value in parts.items() if name.startswith("stage"))
     input_us = (c.input_cycles + copies * c.copy_cycles + transfer(inputs)) * cycle_us
@@ -189,7 +200,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     following = np.where(part.fetches_ahead, larger(0.0, input_us - meanwhile_us), input_us)
     parts["input"] = input_us + (turns - 1) * following
     rest = waited * transfer(early - first, c.sharing) + turns * transfer(later, c.sharing)
-    parts["weights"] = parts["weights"] + larger(0.0, rest * cycle_us - stages_us)
+    ring = c.ring_cycles * turns * chunks_before / larger(1, place.slots - SLOTS_IN_USE)
+    parts["weights"] = parts["weights"] + _both(larger(rest, ring) * cycle_us, stages_us) - stages_us
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
@@ -199,17 +211,31 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         received = 4 * part.held_words(part.core_index + 1) / 128
         handover = handover + part.gathers * (c.handover_cycles + _COPY_CYCLES * copies + received * c.send_cycles)
     parts["handover"] = turns * handover * cycle_us
-    parts["output"] = turns * transfer(outputs) * cycle_us
+    parts["output"] = turns * c.storing * transfer(outputs) * cycle_us
     # Blocks on one processor fill each other's gaps, until their instructions, products and loads fill it.
     alone_us = stages_us + parts["input"] + parts["handover"] + parts["output"]
     tiles = larger(turns, ceil_div(part.tile_count * part.split, device.core_count))
-    parts["contention"] = _both(tiles * needed * cycle_us, alone_us) - alone_us
+    own_us, needed_us = needed * cycle_us, tiles / turns * needed * cycle_us
+    parts["contention"] = own_us + _both(needed_us - own_us, alone_us - own_us) - alone_us
+    latency_us = sum(parts.values())
+    parts["memory"] = _both(_memory_us(part), latency_us) - latency_us
     return parts
 
 
 def _both(a: Number, b: Number) -> Number:
     """How long two things take at the same time, which are in each other's way: between the larger and the sum."""
     return np.sqrt(a * a + b * b)
+
+
+def _memory_us(part: Part) -> float:
+    """How long the input and output that the L2 cache has no room for take from and to memory."""
+    assert part.device.probe is not None
+    first, last = part.stages[0], part.stages[-1]
+    elements = first.height * first.width * part.in_width + last.out_height * last.out_width * part.out_width
+    size = first.batch * elements * part.unit.element_bytes
+    # It has two halves, and holds twice what processors beside both of them read.
+    missing = min(1.0, max(0.0, 2 * size / part.device.l2_bytes - 1))
+    return missing * size / part.device.probe.dram_bytes_per_s * 1e6
 
 
 def _product_flops(part: Part) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up, smaller
-from tdc_tvm.schedules.cuda.division import Division, of_stage
+from tdc_tvm.schedules.cuda.division import BANKS, Division, of_stage
 from tdc_tvm.schedules.cuda.work import REGISTERS, registers_of
 
 MAX_THREADS = 1024
@@ -246,7 +246,7 @@ class Part(Division):
     def group_words(self) -> Number:
         """Shared memory of the core's sums for the pixels that one block of a cluster finishes."""
         # Bulk copies want both ends at the same place of a row of banks.
-        return round_up(self.group_pixels * self.scratch_pitch(self.core_index), 32)
+        return round_up(self.group_pixels * self.scratch_pitch(self.core_index), BANKS)
 
     @property
     def exchange_words(self) -> Number:
@@ -258,9 +258,7 @@ class Part(Division):
         """Shared memory without weights and the kernel's input."""
         handed_on = sum(self.input_words(i) for i in range(1, len(self.stages)))
         biases = sum(map(self.slice_channels, range(len(self.stages))))
-        # Rows that are read as a whole begin at multiples of their size.
-        aligned = self.unit.pixel_words * (self.unit.name == "wgmma")
-        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on + aligned
+        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on + BANKS
 
     @functools.cached_property
     def fixed_words(self) -> Number:

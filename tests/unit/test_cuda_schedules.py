@@ -16,6 +16,8 @@ from tvm.target import Target
 from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler, find_cuda_compiler
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import conv
+from tdc_tvm.schedules.cuda.block import Buffers
+from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
@@ -362,6 +364,15 @@ def test_tiles_of_as_many_pixels_are_tried_once_where_there_is_no_window():
     # 56 x 56 are 49 tiles of 8 x 8, but 56 of 2 x 32.
     assert (8, 8) in pointwise
     assert {(8, 8), (4, 16), (16, 4)} <= windowed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_inputs_begin_at_whole_rows_of_banks(precision):
+    shape = TuckerConvShape(Conv2dShape(1, 7, 7, 64, 96, (3, 3), padding=(1, 1, 1, 1), precision=precision), 48, 32)
+    parts = [part for config in conv.candidates(shape, H100)[::20] for part in parts_of(shape, config, H100)]
+    places = [at for part in parts for at in Chain(part, Epilogue(), Buffers(None, None, [], [], None)).input_at]
+    assert len(places) > 30
+    assert all(at % 32 == 0 for at in places)
 
 
 def test_there_is_always_a_way():
