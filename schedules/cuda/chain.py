@@ -77,9 +77,9 @@ class Chain(Block):
         """
         part = self.part
         self.begin(rank, thread)
-        # Weights do not depend on the kernel before this one, and can be under way before its end.  Where there
-        # is no room beside it, this kernel begins with what it needs first.
-        late = range(1 if part.is_staged and not part.overlaps else len(part.stages), len(part.stages))
+        # Weights do not depend on the kernel before this one, and can be under way before its end.  Where that cannot
+        # be, before sm_90, this kernel begins with what it needs first.
+        late = range(1 if part.is_staged and not part.has_bulk_copies else len(part.stages), len(part.stages))
         early = range(late.start)
         if part.is_cluster:
             with T.If(thread == 0), T.Then():
