@@ -45,7 +45,7 @@ class Constants:
     wait_cycles, kept_wait_cycles, load_cycles : float
         Latency of a unit of depth, of one where lanes keep rows of the window, and of each vector that a lane loads.
     overhead_cycles : float
-        Instructions of a warp for a unit of depth besides products and loads.
+        Instructions of a warp besides products and loads, for a unit of depth or those that share the rows kept.
     group_cycles, drain_cycles : float
         What a product of four warps together takes besides, and a tile of them.
     chunk_cycles : float
@@ -179,7 +179,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
             products, loads = work.rows * work.columns, work.rows + conflicts * part.pixel_loads(i)
             # Each of the four schedulers of a processor issues an instruction in a cycle, and has products of its own.
             active = ceil_div(smaller(items, part.warps // work.splits) * work.splits, 4)
-            of_scheduler = larger(4 * products * product_cycles, products * product_ops + loads + c.overhead_cycles)
+            instructions = products * product_ops + loads + c.overhead_cycles / part.rows_kept(i)
+            of_scheduler = larger(4 * products * product_cycles, instructions)
             own = share * turns_of_work * of_scheduler
             busy = larger(share * items * work.splits * loads * load_cycles, active * own)
             wait_cycles = np.where(part.rows_kept(i) > 1, c.kept_wait_cycles, c.wait_cycles)
@@ -201,7 +202,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     parts["input"] = input_us + (turns - 1) * following
     rest = waited * transfer(early - first, c.sharing) + turns * transfer(later, c.sharing)
     ring = c.ring_cycles * turns * chunks_before / larger(1, place.slots - SLOTS_IN_USE)
-    parts["weights"] = parts["weights"] + _both(larger(rest, ring) * cycle_us, stages_us) - stages_us
+    parts["weights"] = parts["weights"] + _both(larger(rest, ring) * cycle_us, stages_us, 3) - stages_us
     sent = 4 * (part.split - 1) * part.group_words / 128
     added = together * part.split * part.group_words / 32
     handover = part.is_cluster * (c.handover_cycles + sent * c.send_cycles + added * c.sum_cycles)
@@ -222,9 +223,9 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     return parts
 
 
-def _both(a: Number, b: Number) -> Number:
+def _both(a: Number, b: Number, power: int = 2) -> Number:
     """How long two things take at the same time, which are in each other's way: between the larger and the sum."""
-    return np.sqrt(a * a + b * b)
+    return np.sqrt(a * a + b * b) if power == 2 else np.cbrt(a * a * a + b * b * b)
 
 
 def _memory_us(part: Part) -> float:
