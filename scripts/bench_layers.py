@@ -363,10 +363,12 @@ def run_command(
     manifest = gpu_layers.read_manifest(arguments.folder)
     names = gpu_layers.kernel_names(manifest, arguments.batch, arguments.shapes)
     if arguments.deadline is None:
+        gpu_layers.check_machine(arguments.output)
         worker = [sys.executable, str(script), *sys.argv[1:]]
         left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall)
-        print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output.name}")
-        return 1 if left else 0
+        failed = len(gpu_layers.failed(names, arguments.output, manifest))
+        print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output}, {failed} of an error")
+        return 1 if left or failed else 0
     import torch
 
     with torch.inference_mode():

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu_layers import CONSTANTS, MANIFEST, flatten, weights_of
+from gpu_check import MANIFEST
+from gpu_layers import CONSTANTS, flatten, weights_of
 
 if TYPE_CHECKING:
     from tdc_tvm.schedules.device import DeviceSpec

@@ -14,7 +14,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -282,13 +282,44 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
 
 
 def load_cuda_library() -> None:
-    """Load TVM's CUDA library, which its runtime does not load by itself; again does nothing."""
+    """Load TVM's CUDA library, which its runtime does not load by itself; again does nothing.
+
+    Raises
+    ------
+    SystemExit
+        If the library does not load, as without a driver, or finds no GPU.
+    """
+    import tvm
     import tvm_ffi
     from tvm import libinfo
     from tvm_ffi.libinfo import load_lib_ctypes
 
+    advice = "run this on a machine where nvidia-smi lists a GPU"
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
-        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+        try:
+            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"TVM's CUDA library does not load: {error}; {advice}") from error
+    if not tvm.cuda(0).exist:
+        raise SystemExit(f"TVM finds no NVIDIA GPU here; {advice}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``build`` wrote.
+
+    Raises
+    ------
+    SystemExit
+        If it is not there or broken.
+    """
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as missing:
+        message = f"found no {path}, which `build {folder}` writes when all is compiled; run that first"
+        raise SystemExit(message) from missing
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot read {path}: {error}; run `build {folder}` again") from error
 
 
 def run(folder: Path) -> list[str]:
@@ -301,11 +332,12 @@ def run(folder: Path) -> list[str]:
     """
     import tvm
 
+    cases = read_manifest(folder)["cases"]
     load_cuda_library()
     device = tvm.cuda(0)
     failures = []
     libraries: dict[str, tuple] = {}
-    for record in json.loads((folder / MANIFEST).read_text())["cases"]:
+    for record in cases:
         library, name = record["library"], record["name"]
         if library not in libraries:
             module = tvm.runtime.load_module(str(folder / f"{library}.so"))

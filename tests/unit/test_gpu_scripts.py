@@ -90,6 +90,7 @@ def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_p
         "import json, os, pathlib, sys, time\n"
         "output = pathlib.Path(sys.argv[1])\n"
         "done = [line for line in output.read_text().splitlines() if sys.argv[2] in line]\n"
+        "with output.open('a') as file: file.write(json.dumps({'environment': {}}) + '\\n')\n"
         "for name in 'abcd':\n"
         "    if f'\"{name}\"' in ''.join(done): continue\n"
         "    if name == 'b': os._exit(9)\n"
@@ -100,11 +101,14 @@ def test_kernels_that_kill_or_hang_their_process_are_named_and_passed_over(tmp_p
     manifest = {"layers": {"layer0": layer}, "kernels": kernels}
     command = [sys.executable, str(worker), str(output), layer["text"]]
     left = gpu_layers.supervise(command, manifest, list("abcd"), output, 60, 1.5)
-    records = {record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)[1:]}
+    records = {
+        record["name"]: record.get("error", "") for record in gpu_layers.read_records(output)[1:] if "name" in record
+    }
     packed = tmp_path / "results.jsonl.xz"
     packed.write_bytes(lzma.compress(output.read_bytes()))
     assert gpu_layers.read_records(packed) == gpu_layers.read_records(output)
     assert left == 0
+    assert gpu_layers.failed(list("abcd"), output, manifest) == ["b", "c"]
     assert records == {"a": "", "b": "the process ended with status 9", "c": "no result in 1.5 s", "d": ""}
 
 
