@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import build_layers
+import gpu_check
 import gpu_layers
 from gpu_layers import Contender, Gpu
 
@@ -318,15 +319,28 @@ def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """A parser of an option: a number of the type of ``least``, and not below it."""
+
+    def parse(text: str) -> float:
+        value = type(least)(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return value
+
+    parse.__name__ = type(least).__name__
+    return parse
+
+
 def add_build_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``build``, which the oracle shares."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", choices=list(gpu_layers.PRECISIONS), default="fp32")
-    parser.add_argument("--arch", default="sm_90", help="stands for the datacentre GPU that has it")
+    parser.add_argument("--arch", default="sm_90", help=gpu_check.ARCH_HELP)
     parser.add_argument("--gpu", help="compile for this GPU of the package's table, such as H200, instead of --arch")
     parser.add_argument("--shapes", nargs="+", choices=["all", "core", *NETWORKS], default=["all"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--jobs", type=int, default=1, help="processes to compile with")
+    parser.add_argument("--batch", nargs="+", type=at_least(1), default=[1])
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes to compile with")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -335,22 +349,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="JSON lines; kernels that have one are skipped"
     )
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which no kernel is begun")
-    parser.add_argument("--stall", type=float, default=120, help="seconds without a result that a kernel is given")
-    parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
+    parser.add_argument("--budget", type=at_least(0.0), default=540, help="seconds after which no kernel is begun")
+    parser.add_argument(
+        "--stall", type=at_least(0.0), default=120, help="seconds without a result that a kernel is given"
+    )
+    parser.add_argument("--batch", nargs="+", type=at_least(1), help="only these batch sizes")
     parser.add_argument("--shapes", nargs="+", help="only layers of these groups, such as core or densenet121")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of timing for a kernel, about")
+    parser.add_argument("--seconds", type=at_least(0.0), default=0.6, help="of timing for a kernel, about")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
 
 
 def device_of(arguments: argparse.Namespace) -> DeviceSpec:
     """The GPU to compile for."""
-    from tvm.target import Target
-
-    from tdc_tvm.schedules.device import GPUS, DeviceSpec
+    from tdc_tvm.schedules.device import GPUS
 
     if arguments.gpu is None:
-        return DeviceSpec.from_target(Target({"kind": "cuda", "arch": arguments.arch}))
+        return gpu_check.device_of(arguments.arch)
     if arguments.gpu not in GPUS:
         raise SystemExit(f"no GPU {arguments.gpu!r} in the table; there are: {', '.join(GPUS)}")
     return GPUS[arguments.gpu]
@@ -414,4 +428,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_check.exit_status(main))

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from tdc_tvm.schedules.device import DeviceSpec
     from tdc_tvm.schedules.kernel import ConvWeights
     from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
 BATCH = 32
 RANDOM_CASES = 200
 MANIFEST = "manifest.json"
+ARCH_HELP = "stands for the first GPU of the package's table that has it, such as H100 for sm_90, RTX 4090 for sm_89"
 
 
 @dataclass(frozen=True)
@@ -236,11 +239,10 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
     from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
     from tdc_tvm.schedules.cuda import conv
     from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
-    from tdc_tvm.schedules.device import DeviceSpec
 
+    device = device_of(arch)
     target = Target({"kind": "cuda", "arch": arch})
-    device = DeviceSpec.from_target(target)
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_build(folder)
     records = []
     for start in range(0, len(cases), BATCH):
         functions, arrays = {}, {}
@@ -278,7 +280,59 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
         kernels = cubin_kernels(folder / f"{library}.so")
         assert len(kernels) >= len(functions), f"{library}: {len(kernels)} kernels for {len(functions)} functions"
         np.savez(folder / f"{library}.npz", **arrays)
-    (folder / MANIFEST).write_text(json.dumps({"arch": arch, "cases": records}, indent=1))
+    end_build(folder, {"arch": arch, "cases": records})
+
+
+def begin_build(folder: Path) -> None:
+    """Make the folder, and remove the manifest of a build before: interrupted, this one is none.
+
+    Raises
+    ------
+    SystemExit
+        If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot build in {folder}: {error.strerror}; choose another folder") from error
+
+
+def end_build(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, all at once."""
+    from tdc_tvm.files import write_atomic
+
+    with write_atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def device_of(arch: str) -> DeviceSpec:
+    """The first GPU of the package's table that has an architecture.
+
+    Raises
+    ------
+    SystemExit
+        If there is none.
+    """
+    from tvm.target import Target
+
+    from tdc_tvm.errors import TdcError
+    from tdc_tvm.schedules.device import GPUS, DeviceSpec
+
+    try:
+        return DeviceSpec.from_target(Target({"kind": "cuda", "arch": arch}))
+    except (TdcError, ValueError) as error:
+        known = ", ".join(sorted({spec.arch for spec in GPUS.values()}))
+        raise SystemExit(f"no GPU of architecture {arch!r} in the table; there are: {known}") from error
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """Run a command line; Ctrl-C ends it with status 130 and without a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def load_cuda_library() -> None:
@@ -376,7 +430,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     build_command = commands.add_parser("build", help="compile; needs no GPU")
-    build_command.add_argument("--arch", default="sm_90")
+    build_command.add_argument("--arch", default="sm_90", help=ARCH_HELP)
     run_command = commands.add_parser("run", help="run and compare")
     for command in (build_command, run_command):
         command.add_argument("folder", type=Path)
@@ -392,4 +446,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -589,13 +589,15 @@ def _size(output: Path) -> int:
 def _wait(process: subprocess.Popen, output: Path, stall_s: float) -> int | None:
     """Wait for a worker; None if it stalled and was killed."""
     size, since = -1, time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.1)
-        now = _size(output)
-        if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() - since > stall_s:
-            process.kill()
-            process.wait()
-            return None
-    return process.returncode
+    try:
+        while process.poll() is None:
+            time.sleep(0.1)
+            now = _size(output)
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > stall_s:
+                return None
+        return process.returncode
+    finally:
+        process.kill()
+        process.wait()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import bench_layers
 import build_layers
+import gpu_check
 import gpu_layers
 import numpy as np
 from gpu_layers import Gpu
@@ -107,8 +108,10 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build_command = commands.add_parser("build", help="compile the candidates; needs no GPU")
     bench_layers.add_build_options(build_command)
-    build_command.add_argument("--sample", type=int, default=200, help="candidates of a layer; 0: all")
-    build_command.add_argument("--seed", type=int, default=0)
+    build_command.add_argument(
+        "--sample", type=bench_layers.at_least(0), default=200, help="candidates of a layer; 0: all"
+    )
+    build_command.add_argument("--seed", type=bench_layers.at_least(0), default=0)
     bench_layers.add_run_options(commands.add_parser("run", help="check and time them"))
     report_command = commands.add_parser("report", help="print a table")
     report_command.add_argument("results", type=Path, nargs="+")
@@ -132,4 +135,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_check.exit_status(main))
