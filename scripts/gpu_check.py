@@ -436,6 +436,7 @@ def main() -> int:
         command.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "build":
+        device_of(arguments.arch)
         cases = table_cases() + random_cases()
         build(arguments.folder, arguments.arch, cases)
         print(f"built {len(cases)} cases for {arguments.arch} in {arguments.folder}")

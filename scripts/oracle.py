@@ -63,15 +63,14 @@ def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float) -> dict[str, Any]:
 def report(records: list[dict[str, Any]]) -> None:
     """Print, layer by layer, the pick beside the best, and what the model misjudged."""
     from rich.console import Console
-    from rich.table import Table
 
     layers: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if "name" in record:
             layers.setdefault(record["shape"]["text"], []).append(record)
-    table = Table(title="The model's pick beside the best measured")
-    for column in ("layer", "measured", "failed", "pick us", "predicted", "best us", "pick/best", "rank corr.", "best"):
-        table.add_column(column, justify="left" if column in ("layer", "best") else "right")
+    columns = ("mea-\nsured", "failed", "pick\nus", "pre-\ndicted", "best\nus", "pick/\nbest", "rank\ncorr.")
+    table = bench_layers.make_table("The model's pick beside the best measured", ("layer",), columns)
+    table.add_column("best", overflow="fold")
     ratios = []
     for text, members in layers.items():
         timed = [record for record in members if "warm" in record]
@@ -130,7 +129,7 @@ def main() -> int:
             lambda shape: sample(shape, device, arguments.sample, arguments.seed),
         )
         return build_layers.print_build(manifest)
-    report([record for path in arguments.results for record in gpu_layers.read_records(path)])
+    report(gpu_layers.read_results(arguments.results))
     return 0
 
 
