@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import build_layers
+import gpu_check
 import gpu_layers
 from gpu_layers import Contender, Gpu
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from tdc_tvm.schedules.device import DeviceSpec
     from tdc_tvm.schedules.shape import ConvShape
@@ -209,36 +211,24 @@ def by_group(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], li
 
 def report(records: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table for each group, precision and batch, and the geometric means of all."""
-    from rich.table import Table
-
     for environment in (record["environment"] for record in records if "environment" in record):
         console.print(environment)
     groups = by_group([record for record in records if "name" in record])
     for (group, precision, batch), members in groups.items():
-        table = Table(
-            title=f"{group} {precision}, batch {batch}: us of a launch, L2-warm (ratios to ours; cold: L2-cold)"
-        )
-        table.add_column("layer", no_wrap=True)
-        for name in (
-            "ours",
-            "p99",
-            "triplet",
-            "original",
-            "tri/our",
-            "orig/our",
-            "cold",
-            "cold tri/our",
-            "cold orig/our",
-        ):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("predicted", justify="right")
+        title = f"{group} {precision}, batch {batch}: us of a launch, L2-warm (ratios to ours; cold: L2-cold)"
+        ratios = ("tri/\nour", "orig/\nour")
+        cold = ("cold", *(f"cold\n{ratio}" for ratio in ratios))
+        columns = ("ours", "p99", "tri-\nplet", "orig-\ninal", *ratios, *cold, "pre-\ndicted")
+        table = make_table(title, ("layer",), columns)
         for record in members:
             table.add_row(record["shape"]["text"], *_cells(record))
         console.print(table)
-    summary = Table(title="Geometric means of cuDNN's time over ours")
-    names = ("group", "precision", "batch", "kernels", "failed", "triplet", "original", "cold triplet", "cold original")
-    for name in names:
-        summary.add_column(name, justify="left" if name in names[:2] else "right")
+        for record in members:
+            if "error" in record:
+                line = f"failed: {record['shape']['text']}: {record['error'][:300]}"
+                console.print(line, markup=False, highlight=False)
+    columns = ("batch", "kernels", "failed", "triplet", "original", "cold\ntriplet", "cold\noriginal")
+    summary = make_table("Geometric means of cuDNN's time over ours", ("group", "precision"), columns)
     for (group, precision, batch), members in groups.items():
         failed = sum("error" in record for record in members)
         means = [
@@ -250,12 +240,25 @@ def report(records: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(summary)
 
 
+def make_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table of narrow columns; where there is no space, texts are wrapped and numbers stay whole."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _cells(record: dict[str, Any]) -> list[str]:
     if "error" in record:
-        return [record["error"][:60]]
+        return ["failed"]
 
     def cell(times: dict[str, Any], name: str, key: str = "median_us") -> str:
-        return f"{times[name][key]:.2f}" if name in times else "-"
+        return _digits(times[name][key]) if name in times else "-"
 
     def ratio(caches: str, name: str) -> str:
         found = speedups([record], caches)[name]
@@ -272,8 +275,12 @@ def _cells(record: dict[str, Any]) -> list[str]:
         cell(record["cold"], "ours"),
         ratio("cold", "triplet"),
         ratio("cold", "original"),
-        f"{record['predicted_us']:.2f}",
+        _digits(record["predicted_us"]),
     ]
+
+
+def _digits(time_us: float) -> str:
+    return f"{time_us:.2f}" if time_us < 100 else f"{time_us:.1f}"
 
 
 def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -281,19 +288,21 @@ def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
     Raises
     ------
-    TdcError
-        If matplotlib is missing.
+    SystemExit
+        If matplotlib is missing, or the folder cannot be made.
     """
     try:
         import matplotlib
     except ImportError as missing:
-        from tdc_tvm.errors import TdcError
-
-        raise TdcError("plots need matplotlib, which is not installed; run: pip install 'tdc-tvm[plots]'") from missing
+        message = "plots need matplotlib, which is not installed; run: pip install 'tdc-tvm[plots]'"
+        raise SystemExit(message) from missing
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot draw plots in {folder}: {error.strerror}; name another folder") from error
     paths = []
     for (group, precision, batch), members in by_group([record for record in records if "warm" in record]).items():
         figure, axes = pyplot.subplots(figsize=(max(6, 0.9 * len(members)), 5), layout="constrained")
@@ -318,15 +327,28 @@ def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """A parser of an option: a number of the type of ``least``, and not below it."""
+
+    def parse(text: str) -> float:
+        value = type(least)(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return value
+
+    parse.__name__ = type(least).__name__
+    return parse
+
+
 def add_build_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``build``, which the oracle shares."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", choices=list(gpu_layers.PRECISIONS), default="fp32")
-    parser.add_argument("--arch", default="sm_90", help="stands for the datacentre GPU that has it")
+    parser.add_argument("--arch", default="sm_90", help=gpu_check.ARCH_HELP)
     parser.add_argument("--gpu", help="compile for this GPU of the package's table, such as H200, instead of --arch")
     parser.add_argument("--shapes", nargs="+", choices=["all", "core", *NETWORKS], default=["all"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--jobs", type=int, default=1, help="processes to compile with")
+    parser.add_argument("--batch", nargs="+", type=at_least(1), default=[1])
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes to compile with")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -335,22 +357,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="JSON lines; kernels that have one are skipped"
     )
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which no kernel is begun")
-    parser.add_argument("--stall", type=float, default=120, help="seconds without a result that a kernel is given")
-    parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
+    parser.add_argument("--budget", type=at_least(0.0), default=540, help="seconds after which no kernel is begun")
+    parser.add_argument(
+        "--stall", type=at_least(0.0), default=120, help="seconds without a result that a kernel is given"
+    )
+    parser.add_argument("--batch", nargs="+", type=at_least(1), help="only these batch sizes")
     parser.add_argument("--shapes", nargs="+", help="only layers of these groups, such as core or densenet121")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of timing for a kernel, about")
+    parser.add_argument("--seconds", type=at_least(0.0), default=0.6, help="of timing for a kernel, about")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
 
 
 def device_of(arguments: argparse.Namespace) -> DeviceSpec:
     """The GPU to compile for."""
-    from tvm.target import Target
-
-    from tdc_tvm.schedules.device import GPUS, DeviceSpec
+    from tdc_tvm.schedules.device import GPUS
 
     if arguments.gpu is None:
-        return DeviceSpec.from_target(Target({"kind": "cuda", "arch": arguments.arch}))
+        return gpu_check.device_of(arguments.arch)
     if arguments.gpu not in GPUS:
         raise SystemExit(f"no GPU {arguments.gpu!r} in the table; there are: {', '.join(GPUS)}")
     return GPUS[arguments.gpu]
@@ -363,10 +385,12 @@ def run_command(
     manifest = gpu_layers.read_manifest(arguments.folder)
     names = gpu_layers.kernel_names(manifest, arguments.batch, arguments.shapes)
     if arguments.deadline is None:
+        gpu_layers.check_machine(arguments.output)
         worker = [sys.executable, str(script), *sys.argv[1:]]
         left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall)
-        print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output.name}")
-        return 1 if left else 0
+        failed = len(gpu_layers.failed(names, arguments.output, manifest))
+        print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output}, {failed} of an error")
+        return 1 if left or failed else 0
     import torch
 
     with torch.inference_mode():
@@ -404,12 +428,15 @@ def main() -> int:
         return build_layers.print_build(manifest)
     from rich.console import Console
 
-    records = [record for path in arguments.results for record in gpu_layers.read_records(path)]
+    records = gpu_layers.read_results(arguments.results)
+    if any("warm" in record and "cold" not in record for record in records):
+        raise SystemExit("these results have no cuDNN in them: they are of oracle.py; run: oracle.py report")
+    paths = plot(records, arguments.plots) if arguments.plots else []
     report(records, Console(width=None if sys.stdout.isatty() else 200))
-    for path in plot(records, arguments.plots) if arguments.plots else ():
+    for path in paths:
         print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_check.exit_status(main))

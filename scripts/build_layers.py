@@ -7,21 +7,23 @@ holds no weights: both sides make them from a seed.
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
+import multiprocessing
+import signal
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu_layers import CONSTANTS, MANIFEST, flatten, weights_of
+from gpu_check import begin_build, end_build
+from gpu_layers import CONSTANTS, flatten, weights_of
 
 if TYPE_CHECKING:
     from tdc_tvm.schedules.device import DeviceSpec
@@ -193,12 +195,12 @@ def build(
     import tdc_tvm
     from tdc_tvm import schedules
 
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_build(folder)
     named = [(f"k{index}", layers[one.layer], one) for index, one in enumerate(candidates)]
     starts = range(0, len(named), KERNELS_PER_LIBRARY)
     tasks = [(folder, device, named[start : start + KERNELS_PER_LIBRARY]) for start in starts]
     records, constants = [], {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with _processes(jobs) as pool:
         for number, (more, arrays) in enumerate(pool.map(_compile, *zip(*tasks, strict=True)), 1):
             records += more
             constants |= arrays
@@ -219,8 +221,30 @@ def build(
         "layers": layers,
         "kernels": records,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    end_build(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that is killed if the body is interrupted: by itself it would go on with what it was given."""
+    with tempfile.TemporaryDirectory() as temporary:
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_process, (temporary,))
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(temporary: str) -> None:
+    # Ctrl-C reaches all processes; in the midst of a compilation it would count as that kernel's failure.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where the files of a process that is killed are removed by the one that killed it.
+    tempfile.tempdir = temporary
 
 
 def _compile(

@@ -21,6 +21,7 @@ import gpu_layers
 import numpy as np
 from scipy.optimize import least_squares
 
+from tdc_tvm.files import write_atomic
 from tdc_tvm.schedules.cuda import chain_conv, model
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
@@ -137,12 +138,15 @@ def main() -> int:
     parser.add_argument("--gpu", default="H100", choices=GPUS, help="what they were measured on")
     parser.add_argument("--write", action="store_true", help="store the constants in the package's source")
     arguments = parser.parse_args()
-    records = [record for path in arguments.results for record in gpu_layers.read_records(path)]
+    records = gpu_layers.read_results(arguments.results)
+    if not any("warm" in record for record in records):
+        raise SystemExit("no kernel was timed in these results: all have errors; run: oracle.py report")
     fitted = fit(records, GPUS[arguments.gpu])
     values = {name: asdict(one) for name, one in fitted.items()}
     print(json.dumps(values, indent=1))
     if arguments.write:
-        model.DATA.write_text(json.dumps(json.loads(model.DATA.read_text()) | values, indent=1) + "\n")
+        with write_atomic(model.DATA) as temporary:
+            temporary.write_text(json.dumps(json.loads(model.DATA.read_text()) | values, indent=1) + "\n")
     return 0
 
 

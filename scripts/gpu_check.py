@@ -12,19 +12,22 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from tdc_tvm.schedules.device import DeviceSpec
     from tdc_tvm.schedules.kernel import ConvWeights
     from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
 BATCH = 32
 RANDOM_CASES = 200
 MANIFEST = "manifest.json"
+ARCH_HELP = "stands for the first GPU of the package's table that has it, such as H100 for sm_90, RTX 4090 for sm_89"
 
 
 @dataclass(frozen=True)
@@ -236,11 +239,10 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
     from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
     from tdc_tvm.schedules.cuda import conv
     from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
-    from tdc_tvm.schedules.device import DeviceSpec
 
+    device = device_of(arch)
     target = Target({"kind": "cuda", "arch": arch})
-    device = DeviceSpec.from_target(target)
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_build(folder)
     records = []
     for start in range(0, len(cases), BATCH):
         functions, arrays = {}, {}
@@ -278,17 +280,100 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
         kernels = cubin_kernels(folder / f"{library}.so")
         assert len(kernels) >= len(functions), f"{library}: {len(kernels)} kernels for {len(functions)} functions"
         np.savez(folder / f"{library}.npz", **arrays)
-    (folder / MANIFEST).write_text(json.dumps({"arch": arch, "cases": records}, indent=1))
+    end_build(folder, {"arch": arch, "cases": records})
+
+
+def begin_build(folder: Path) -> None:
+    """Make the folder, and remove the manifest of a build before: interrupted, this one is none.
+
+    Raises
+    ------
+    SystemExit
+        If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot build in {folder}: {error.strerror}; choose another folder") from error
+
+
+def end_build(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, all at once."""
+    from tdc_tvm.files import write_atomic
+
+    with write_atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def device_of(arch: str) -> DeviceSpec:
+    """The first GPU of the package's table that has an architecture.
+
+    Raises
+    ------
+    SystemExit
+        If there is none.
+    """
+    from tvm.target import Target
+
+    from tdc_tvm.errors import TdcError
+    from tdc_tvm.schedules.device import GPUS, DeviceSpec
+
+    try:
+        return DeviceSpec.from_target(Target({"kind": "cuda", "arch": arch}))
+    except (TdcError, ValueError) as error:
+        known = ", ".join(sorted({spec.arch for spec in GPUS.values()}))
+        raise SystemExit(f"no GPU of architecture {arch!r} in the table; there are: {known}") from error
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """Run a command line; Ctrl-C ends it with status 130 and without a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def load_cuda_library() -> None:
-    """Load TVM's CUDA library, which its runtime does not load by itself; again does nothing."""
+    """Load TVM's CUDA library, which its runtime does not load by itself; again does nothing.
+
+    Raises
+    ------
+    SystemExit
+        If the library does not load, as without a driver, or finds no GPU.
+    """
+    import tvm
     import tvm_ffi
     from tvm import libinfo
     from tvm_ffi.libinfo import load_lib_ctypes
 
+    advice = "run this on a machine where nvidia-smi lists a GPU"
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
-        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+        try:
+            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"TVM's CUDA library does not load: {error}; {advice}") from error
+    if not tvm.cuda(0).exist:
+        raise SystemExit(f"TVM finds no NVIDIA GPU here; {advice}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``build`` wrote.
+
+    Raises
+    ------
+    SystemExit
+        If it is not there or broken.
+    """
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as missing:
+        message = f"found no {path}, which `build {folder}` writes when all is compiled; run that first"
+        raise SystemExit(message) from missing
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot read {path}: {error}; run `build {folder}` again") from error
 
 
 def run(folder: Path) -> list[str]:
@@ -301,11 +386,12 @@ def run(folder: Path) -> list[str]:
     """
     import tvm
 
+    cases = read_manifest(folder)["cases"]
     load_cuda_library()
     device = tvm.cuda(0)
     failures = []
     libraries: dict[str, tuple] = {}
-    for record in json.loads((folder / MANIFEST).read_text())["cases"]:
+    for record in cases:
         library, name = record["library"], record["name"]
         if library not in libraries:
             module = tvm.runtime.load_module(str(folder / f"{library}.so"))
@@ -344,12 +430,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     build_command = commands.add_parser("build", help="compile; needs no GPU")
-    build_command.add_argument("--arch", default="sm_90")
+    build_command.add_argument("--arch", default="sm_90", help=ARCH_HELP)
     run_command = commands.add_parser("run", help="run and compare")
     for command in (build_command, run_command):
         command.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "build":
+        device_of(arguments.arch)
         cases = table_cases() + random_cases()
         build(arguments.folder, arguments.arch, cases)
         print(f"built {len(cases)} cases for {arguments.arch} in {arguments.folder}")
@@ -360,4 +447,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

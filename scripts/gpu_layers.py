@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_check import load_cuda_library, read_manifest
 
-MANIFEST, CONSTANTS = "manifest.json", "constants.npz"
+CONSTANTS = "constants.npz"
 # Exit status of a worker whose GPU context was lost after it had recorded why.
 GPU_LOST = 3
 
@@ -176,7 +177,6 @@ class Gpu:
 
     def _library(self, name: str):
         import tvm
-        from gpu_check import load_cuda_library
 
         load_cuda_library()
         with tempfile.TemporaryDirectory() as temporary:
@@ -373,15 +373,53 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, packed by ``xz`` or not; a line that was left unfinished is passed over."""
-    records = []
+    """The records of a file of JSON lines, packed by ``xz`` or not; a line that was left unfinished is passed over.
+
+    Raises
+    ------
+    SystemExit
+        If the file holds anything else.
+    """
     unpack = lzma.decompress if output.suffix == ".xz" else bytes
-    for line in unpack(output.read_bytes()).decode().splitlines() if output.exists() else ():
+    try:
+        lines = unpack(output.read_bytes()).decode().splitlines() if output.exists() else []
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise SystemExit(f"cannot read {output}: {error}; give a file that `run` wrote") from error
+    records = []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            continue
+            if line.startswith("{"):
+                continue
+            record = None
+        if not isinstance(record, dict) or not ("environment" in record or {"name", "shape"} <= record.keys()):
+            raise SystemExit(
+                f"{output}, line {number}: found {line[:40]!r}, expected what `run` writes; check the name"
+            )
+        records.append(record)
     return records
+
+
+def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records of files that `run` wrote.
+
+    Raises
+    ------
+    SystemExit
+        If one is missing, has no kernel's record, or is there twice.
+    """
+    found: list[list[dict[str, Any]]] = []
+    for path in paths:
+        if not path.exists():
+            raise SystemExit(f"there is no file {path}; give one that `run` wrote")
+        records = read_records(path)
+        if not any("name" in record for record in records):
+            raise SystemExit(f"no kernel has a record in {path}; give a file that `run` wrote")
+        if records in found:
+            raise SystemExit(f"{path} is given twice, or is a copy; name each file once")
+        found.append(records)
+    return [record for records in found for record in records]
 
 
 def append_record(output: Path, record: dict[str, Any]) -> None:
@@ -391,19 +429,29 @@ def append_record(output: Path, record: dict[str, Any]) -> None:
         file.write("\n" * partial + json.dumps(record) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `build` wrote."""
-    return json.loads((folder / MANIFEST).read_text())
-
-
 def kernel_names(manifest: dict[str, Any], batches: Sequence[int] | None, groups: Sequence[str] | None) -> list[str]:
-    """The kernels of some batch sizes and groups; None stands for all."""
+    """The kernels of some batch sizes and groups; None stands for all.
+
+    Raises
+    ------
+    SystemExit
+        If there are none.
+    """
+    layers = manifest["layers"].values()
+    for what, wanted, built in (
+        ("batch size", batches, {layer["x"][0] for layer in layers}),
+        ("group", groups, {group for layer in layers for group in layer["groups"]}),
+    ):
+        for unknown in sorted(set(wanted or ()) - built):
+            raise SystemExit(f"no {what} {unknown} in this build; there are: {', '.join(map(str, sorted(built)))}")
     names = []
     for kernel in manifest["kernels"]:
         layer = manifest["layers"][kernel["layer"]]
         in_group = groups is None or not set(groups).isdisjoint(layer["groups"])
         if in_group and (batches is None or layer["x"][0] in batches):
             names.append(kernel["name"])
+    if not names:
+        raise SystemExit("this build has no kernel of these batch sizes in these groups; ask for fewer of them")
     return names
 
 
@@ -412,6 +460,38 @@ def pending(names: Sequence[str], output: Path, manifest: dict[str, Any]) -> lis
     done = {(record["name"], record["shape"]["text"]) for record in read_records(output) if "name" in record}
     texts = {kernel["name"]: manifest["layers"][kernel["layer"]]["text"] for kernel in manifest["kernels"]}
     return [name for name in names if (name, texts[name]) not in done]
+
+
+def failed(names: Sequence[str], output: Path, manifest: dict[str, Any]) -> list[str]:
+    """The kernels that have a record of an error."""
+    errors = {
+        (record["name"], record["shape"]["text"])
+        for record in read_records(output)
+        if "name" in record and "error" in record
+    }
+    texts = {kernel["name"]: manifest["layers"][kernel["layer"]]["text"] for kernel in manifest["kernels"]}
+    return [name for name in names if (name, texts[name]) in errors]
+
+
+def check_machine(output: Path) -> None:
+    """Find out before anything is written whether kernels can run and their records be stored.
+
+    Raises
+    ------
+    SystemExit
+        If not.
+    """
+    if not output.parent.is_dir() or output.suffix == ".xz":
+        raise SystemExit(f"cannot append JSON lines to {output}; name a plain file in a folder that exists")
+    read_records(output)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"PyTorch {torch.__version__} finds no NVIDIA GPU here; run this where nvidia-smi lists one, with a "
+            f"PyTorch for CUDA and a driver that is new enough for it"
+        )
+    load_cuda_library()
 
 
 def work(
@@ -457,7 +537,8 @@ def supervise(
     """Run workers until all kernels have a record or the time is over.
 
     A kernel can end its process or hang it.  The first kernel without a record is then to blame: it
-    gets one that says so, and a new worker goes on behind it.
+    gets one that says so, and a new worker goes on behind it.  A worker writes its environment before it
+    begins; if it does not come that far, no kernel is to blame.
 
     Parameters
     ----------
@@ -476,33 +557,47 @@ def supervise(
     -------
     int
         Kernels without a record.
+
+    Raises
+    ------
+    SystemExit
+        If a worker could not begin.
     """
     kernels = {kernel["name"]: kernel for kernel in manifest["kernels"]}
     deadline = time.time() + budget_s
     while (left := pending(names, output, manifest)) and time.time() < deadline:
+        size = _size(output)
         process = subprocess.Popen([*worker, "--deadline", str(deadline)])
         status = _wait(process, output, stall_s)
         if status == 0:
             break
         if status == GPU_LOST:
             continue
+        error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
+        if _size(output) == size:
+            raise SystemExit(f"measuring could not begin: {error}; mend what stands above and run this again")
         left = pending(names, output, manifest)
         if left:
-            error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
             append_record(output, _result(kernels[left[0]], manifest["layers"]) | {"error": error})
     return len(pending(names, output, manifest))
+
+
+def _size(output: Path) -> int:
+    return output.stat().st_size if output.exists() else 0
 
 
 def _wait(process: subprocess.Popen, output: Path, stall_s: float) -> int | None:
     """Wait for a worker; None if it stalled and was killed."""
     size, since = -1, time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.1)
-        now = output.stat().st_size if output.exists() else 0
-        if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() - since > stall_s:
-            process.kill()
-            process.wait()
-            return None
-    return process.returncode
+    try:
+        while process.poll() is None:
+            time.sleep(0.1)
+            now = _size(output)
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > stall_s:
+                return None
+        return process.returncode
+    finally:
+        process.kill()
+        process.wait()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import bench_layers
 import build_layers
+import gpu_check
 import gpu_layers
 import numpy as np
 from gpu_layers import Gpu
@@ -62,15 +63,14 @@ def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float) -> dict[str, Any]:
 def report(records: list[dict[str, Any]]) -> None:
     """Print, layer by layer, the pick beside the best, and what the model misjudged."""
     from rich.console import Console
-    from rich.table import Table
 
     layers: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if "name" in record:
             layers.setdefault(record["shape"]["text"], []).append(record)
-    table = Table(title="The model's pick beside the best measured")
-    for column in ("layer", "measured", "failed", "pick us", "predicted", "best us", "pick/best", "rank corr.", "best"):
-        table.add_column(column, justify="left" if column in ("layer", "best") else "right")
+    columns = ("mea-\nsured", "failed", "pick\nus", "pre-\ndicted", "best\nus", "pick/\nbest", "rank\ncorr.")
+    table = bench_layers.make_table("The model's pick beside the best measured", ("layer",), columns)
+    table.add_column("best", overflow="fold")
     ratios = []
     for text, members in layers.items():
         timed = [record for record in members if "warm" in record]
@@ -107,8 +107,10 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build_command = commands.add_parser("build", help="compile the candidates; needs no GPU")
     bench_layers.add_build_options(build_command)
-    build_command.add_argument("--sample", type=int, default=200, help="candidates of a layer; 0: all")
-    build_command.add_argument("--seed", type=int, default=0)
+    build_command.add_argument(
+        "--sample", type=bench_layers.at_least(0), default=200, help="candidates of a layer; 0: all"
+    )
+    build_command.add_argument("--seed", type=bench_layers.at_least(0), default=0)
     bench_layers.add_run_options(commands.add_parser("run", help="check and time them"))
     report_command = commands.add_parser("report", help="print a table")
     report_command.add_argument("results", type=Path, nargs="+")
@@ -127,9 +129,9 @@ def main() -> int:
             lambda shape: sample(shape, device, arguments.sample, arguments.seed),
         )
         return build_layers.print_build(manifest)
-    report([record for path in arguments.results for record in gpu_layers.read_records(path)])
+    report(gpu_layers.read_results(arguments.results))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_check.exit_status(main))
