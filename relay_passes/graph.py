@@ -129,6 +129,8 @@ class Graph:
             low, high = bounds
             if low is not None and tail.clip_max is not None:
                 break  # a later lower bound may exceed the upper one: not a plain clip any more
+            if high is not None and tail.clip_min is not None and high < tail.clip_min:
+                break
             tail.clip_min = low if tail.clip_min is None else tail.clip_min if low is None else max(low, tail.clip_min)
             tail.clip_max = (
                 high if tail.clip_max is None else tail.clip_max if high is None else min(high, tail.clip_max)

@@ -90,6 +90,11 @@ class DeviceSpec:
         Where the numbers come from.
     probe : Probe or None
         Of a GPU: measured, or scaled by datasheets from one that was; None of a CPU.
+
+    Raises
+    ------
+    TdcError
+        If the kind is another, or a GPU has no probe.
     """
 
     name: str
@@ -107,6 +112,12 @@ class DeviceSpec:
     launch_us: float
     source: str
     probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cpu", "cuda"):
+            raise TdcError(f"unknown kind of device {self.kind!r}; use 'cpu' or 'cuda'")
+        if self.kind == "cuda" and self.probe is None:
+            raise TdcError(f"the GPU {self.name} has no probe, which the model predicts from; copy that of one in GPUS")
 
     @property
     def compute_capability(self) -> int:
@@ -133,10 +144,14 @@ class DeviceSpec:
             return _cpu(str(target.attrs.get("mcpu", "generic")), cpu_threads())
         if kind == "cuda":
             arch = str(target.attrs["arch"])
+            specs: dict[str, DeviceSpec] = {}
             for spec in GPUS.values():
-                if arch.rstrip("a") == spec.arch:
-                    return replace(spec, arch=arch)
-            known = ", ".join(sorted({spec.arch for spec in GPUS.values()}))
+                # What is in "sm_90a" alone began with it: there is no "sm_80a".
+                for name in (spec.arch, *([f"{spec.arch}a"] if spec.compute_capability >= 90 else [])):
+                    specs.setdefault(name, replace(spec, arch=name))
+            if arch in specs:
+                return specs[arch]
+            known = ", ".join(sorted(specs))
             raise TdcError(f"no device data for GPU architecture {arch}; known: {known}")
         raise TdcError(f"target kind {kind!r} is not supported; use 'llvm' or 'cuda'")
 

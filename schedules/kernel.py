@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from tvm import tirx
+
+from tdc_tvm.errors import TdcError
+from tdc_tvm.schedules.shape import ConvShape, stages_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,19 @@ class ConvWeights:
     bias: np.ndarray | None = None
 
 
+def check_weights(shape: ConvShape, weights: tuple[ConvWeights, ...]) -> None:
+    """Raise `TdcError` unless there are weights for each stage of a convolution, of its shape."""
+    stages = stages_of(shape)
+    if len(stages) != len(weights):
+        raise TdcError(f"found weights for {len(weights)} stages, expected {len(stages)}")
+    for stage, w in zip(stages, weights, strict=True):
+        expected = (stage.out_channels, stage.in_channels // stage.groups, *stage.kernel)
+        if w.kernel.shape != expected:
+            raise TdcError(f"found a kernel of shape {w.kernel.shape} for {stage}, expected {expected}")
+        if w.bias is not None and w.bias.shape != (stage.out_channels,):
+            raise TdcError(f"found a bias of shape {w.bias.shape} for {stage}, expected {(stage.out_channels,)}")
+
+
 @dataclass(frozen=True, order=True)
 class KernelConfig:
     """A schedule decision: a strategy and its parameters; printable, comparable, hashable."""
@@ -36,6 +53,22 @@ class KernelConfig:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.parameters)
+
+    def reject_reason(self, allowed: Mapping[str, Sequence[int]]) -> str:
+        """Which parameter is missing, unknown or not one of the ints ``allowed`` for it; empty if all are right."""
+        names = [name for name, _ in self.parameters]
+        if len(names) != len(allowed) or set(names) != set(allowed):
+            return f"has the parameters {', '.join(map(str, names)) or 'none'}; expected {', '.join(allowed)}"
+        for name, value in self.parameters:
+            values = allowed[name]
+            if type(value) is not int or value not in values:
+                if isinstance(values, range):
+                    steps = f" in steps of {values.step}" if values.step > 1 else ""
+                    known = f"an int from {values[0]} to {values[-1]}{steps}"
+                else:
+                    known = " or ".join(map(str, values))
+                return f"has {name}={value!r}; expected {known}"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,15 @@ from tdc_tvm.errors import TdcError
 
 # What each precision stores.
 DTYPES = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Elements of a tensor that kernels' 32-bit indices reach.
+MAX_ELEMENTS = 2**31 - 1
+_WHOLE = ("batch", "height", "width", "in_channels", "out_channels", "groups")
+_TUPLES = {
+    "kernel": ("height", "width"),
+    "stride": ("height", "width"),
+    "padding": ("top", "left", "bottom", "right"),
+    "dilation": ("height", "width"),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -33,8 +42,8 @@ class Conv2dShape:
     Raises
     ------
     TdcError
-        If the precision is unknown, an extent is not positive, the channels do not divide by the
-        groups, or the window is larger than the padded input.
+        If the precision is unknown, an extent is not a positive int, a tuple not of as many ints, the
+        channels do not divide by the groups, or the window is larger than the padded input.
     """
 
     batch: int
@@ -50,8 +59,15 @@ class Conv2dShape:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
+        if self.precision not in tuple(DTYPES):
             raise TdcError(f"unknown precision {self.precision!r}; use one of {', '.join(DTYPES)}")
+        _check_ints(self, *_WHOLE)
+        for name, parts in _TUPLES.items():
+            values = getattr(self, name)
+            if type(values) is not tuple or [type(value) for value in values] != [int] * len(parts):
+                raise TdcError(
+                    f"found {name}={values!r}; expected a tuple of {len(parts)} ints, {name}=({', '.join(parts)})"
+                )
         positive = (
             self.batch,
             self.height,
@@ -120,6 +136,11 @@ class Conv2dShape:
             text += f"/{self.stride[0]}" if self.stride[0] == self.stride[1] else f"/{self.stride[0]}x{self.stride[1]}"
         if self.dilation != (1, 1):
             text += f" dilation {self.dilation[0]}x{self.dilation[1]}"
+        # What keeps the extents of an odd window's output at stride 1 goes without saying.
+        usual = tuple(gap * (extent - 1) // 2 for gap, extent in zip(self.dilation, self.kernel, strict=True))
+        if self.padding != usual * 2:
+            extents = self.padding[:1] if len(set(self.padding)) == 1 else self.padding
+            text += f" padding {'x'.join(map(str, extents))}"
         if self.groups > 1:
             text += f" groups {self.groups}"
         if self.precision != "fp32":
@@ -150,6 +171,9 @@ class TuckerConvShape:
     reduce_bias: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dense, Conv2dShape):
+            raise TdcError(f"found dense={self.dense!r}; expected the Conv2dShape that the stages stand for")
+        _check_ints(self, "rank_in", "rank_out")
         if self.dense.groups != 1:
             raise TdcError(f"a Tucker convolution has no groups; found {self.dense.groups}")
         if min(self.rank_in, self.rank_out) < 1:
@@ -186,10 +210,41 @@ class TuckerConvShape:
         return sum(stage.macs for stage in self.stages)
 
     def __str__(self) -> str:
-        return f"{self.dense} at ranks ({self.rank_in}, {self.rank_out})"
+        text = f"{self.dense} at ranks ({self.rank_in}, {self.rank_out})"
+        return text + " with a bias of the first stage" if self.reduce_bias else text
 
 
 ConvShape = Conv2dShape | TuckerConvShape
+
+
+def _check_ints(shape: ConvShape, *names: str) -> None:
+    for name in names:
+        value = getattr(shape, name)
+        if type(value) is not int:
+            raise TdcError(f"found {name}={value!r}; expected an int")
+
+
+def stages_of(shape: ConvShape) -> tuple[Conv2dShape, ...]:
+    """The convolutions that are computed one after the other: one, or the three of a Tucker convolution."""
+    return shape.stages if isinstance(shape, TuckerConvShape) else (shape,)
+
+
+def oversize_reason(stages: tuple[Conv2dShape, ...]) -> str:
+    """Which tensor has more elements than 32-bit indices reach; empty if none, padding included, has."""
+    for stage in stages:
+        top, left, bottom, right = stage.padding
+        counts = {
+            "input": stage.batch * (stage.height + top + bottom) * (stage.width + left + right) * stage.in_channels,
+            "output": stage.out_pixels * stage.out_channels,
+            "weights": stage.weight_count,
+        }
+        for name, count in counts.items():
+            if count > MAX_ELEMENTS:
+                return (
+                    f"the {name} of {stage} would have {count:,} elements, 32-bit indices reach {MAX_ELEMENTS:,}; "
+                    "use a smaller batch or fewer channels"
+                )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -198,11 +253,20 @@ class Epilogue:
 
     ReLU is ``clip_min=0``, ReLU6 is ``clip_min=0, clip_max=6``.  The bias is part of the
     convolution itself.
+
+    Raises
+    ------
+    TdcError
+        If ``clip_min`` is above ``clip_max``.
     """
 
     residual: bool = False
     clip_min: float | None = None
     clip_max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip_min is not None and self.clip_max is not None and self.clip_min > self.clip_max:
+            raise TdcError(f"found clip_min={self.clip_min} above clip_max={self.clip_max}; exchange them")
 
     def __str__(self) -> str:
         parts = ["add"] if self.residual else []

@@ -10,10 +10,10 @@ package cuda-bindings and a GPU::
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +55,8 @@ def build(arch: str) -> Any:
     from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
     from tdc_tvm.schedules.device import DeviceSpec
 
+    if not str(arch).startswith("sm_"):
+        raise TdcError(f"found the GPU architecture {arch!r}; expected a name such as 'sm_90'")
     target = Target({"kind": "cuda", "arch": arch})
     device = DeviceSpec.from_target(target)
     functions = {
@@ -390,18 +392,40 @@ def _clocks() -> str:
 
 
 def main() -> None:
-    """``build LIBRARY ARCH`` or ``run LIBRARY RESULT``."""
-    command, library, other = sys.argv[1:]
-    if command == "build":
-        build(other).export_library(library)
-        return
+    """``build LIBRARY ARCH`` or ``run LIBRARY RESULT``; without arguments, how it is used."""
+    parser = argparse.ArgumentParser("python -m tdc_tvm.probe", description="Measure a GPU by microbenchmarks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build_command = commands.add_parser("build", help="compile them; needs no GPU")
+    run_command = commands.add_parser("run", help="measure this machine's GPU")
+    for command in (build_command, run_command):
+        command.add_argument("library", type=Path, help="the compiled microbenchmarks (.so)")
+    build_command.add_argument("arch", help="GPU architecture, such as sm_90")
+    run_command.add_argument("result", type=Path, help="the file to write (.json)")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "build":
+            build(arguments.arch).export_library(str(arguments.library))
+        else:
+            _run_command(arguments.library, arguments.result)
+    except TdcError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _run_command(library: Path, result: Path) -> None:
     import tvm
     from tvm import libinfo
     from tvm_ffi.libinfo import load_lib_ctypes
 
     # Where TVM's compiler is missing, its runtime does not load this by itself.
-    load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
-    Path(other).write_text(json.dumps(run(tvm.runtime.load_module(library)), indent=1) + "\n")
+    try:
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=libinfo.package_lib_paths())
+    except OSError as error:
+        raise TdcError(
+            f"this machine cannot use a GPU ({error}); run this where there is one, and its driver"
+        ) from None
+    if not library.is_file():
+        raise TdcError(f"{library} is not there; make it by: python -m tdc_tvm.probe build {library} ARCH")
+    result.write_text(json.dumps(run(tvm.runtime.load_module(str(library))), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,18 +93,19 @@ class BuildReport:
         return tuple(layer for layer in self.layers if layer.kind == "tucker_conv" and not layer.fused)
 
     def predictions(self) -> Text:
-        """What the model's prediction of each layer is the sum of, a line for each."""
+        """How each layer is computed, and what the model's prediction is the sum of, a line for each."""
         lines = ["prediction of the analytical model, us:"]
         for layer in self.layers:
             if layer.predicted_parts_us:
-                parts = " + ".join(f"{name} {us:.2f}" for name, us in layer.predicted_parts_us.items())
-                lines.append(f"  {layer.name}: {parts} = {layer.predicted_latency_us:.2f}")
+                # Zero is added, so that what rounds to -0.00 has no sign.
+                parts = " + ".join(f"{name} {round(us, 2) + 0.0:.2f}" for name, us in layer.predicted_parts_us.items())
+                how = f"{layer.strategy} {layer.config}"
+                lines.append(f"  {layer.name} ({how}): {parts} = {layer.predicted_latency_us:.2f}")
         return Text("\n".join(lines))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
         table = Table(title=f"{count} on {self.device}, {self.precision}", title_justify="left")
-        wide = options.max_width >= 120
         columns = [
             "layer",
             "kind",
@@ -115,7 +116,9 @@ class BuildReport:
             "config",
             "predicted us",
         ]
-        hidden = {"config", "kind", "strategy"} if not wide else set()
+        # Configurations would be folded into narrow columns of many lines.
+        hidden = {"config"} if options.max_width < 160 else set()
+        hidden |= {"kind", "strategy"} if options.max_width < 120 else set()
         for column in columns:
             if column not in hidden:
                 numeric = column == "predicted us"

@@ -7,16 +7,16 @@ channels, or both.  Padding is materialised once per strip in scratch memory.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cpu import dense, emit, plan, tucker
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
-
-_MAX_ELEMENTS = 2**31 - 1
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, check_weights
+from tdc_tvm.schedules.shape import ConvShape, Epilogue, TuckerConvShape, oversize_reason, stages_of
 
 
 def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
@@ -28,10 +28,30 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
         What is computed.
     device : DeviceSpec
         A CPU.
+
+    Raises
+    ------
+    TdcError
+        If none can run: another precision than FP32, a tensor that 32-bit indices do not reach.
     """
-    if isinstance(shape, TuckerConvShape):
-        return tucker.candidates(shape, device)
-    return dense.candidates(shape, device)
+    reason = _shape_reason(shape, device)
+    if reason:
+        raise TdcError(f"no CPU schedule for {shape}: {reason}")
+    return _schedules(shape).candidates(shape, device)
+
+
+def _schedules(shape: ConvShape) -> ModuleType:
+    return tucker if isinstance(shape, TuckerConvShape) else dense
+
+
+def _shape_reason(shape: ConvShape, device: DeviceSpec) -> str:
+    """Why no configuration can compute a shape, with numbers; empty if some can."""
+    stages = stages_of(shape)
+    if device.kind != "cpu":
+        return f"a CPU schedule on a device of kind {device.kind!r}"
+    if stages[0].precision != "fp32":
+        return f"needs {stages[0].precision}; CPUs compute in fp32 only"
+    return oversize_reason(stages)
 
 
 def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> str:
@@ -46,17 +66,15 @@ def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) ->
     device : DeviceSpec
         Where.
     """
-    if device.kind != "cpu":
-        return f"a CPU schedule on a device of kind {device.kind!r}"
-    wanted = tucker.STRATEGIES if isinstance(shape, TuckerConvShape) else (dense.strategy_of(shape),)
+    reason = _shape_reason(shape, device)
+    if reason:
+        return reason
+    wanted = tuple(tucker.PARAMETERS) if isinstance(shape, TuckerConvShape) else (dense.strategy_of(shape),)
     if config.strategy not in wanted:
         return f"strategy {config.strategy!r} does not fit; expected {' or '.join(wanted)}"
-    for stage in _stages(shape):
-        top, left, bottom, right = stage.padding
-        inputs = stage.batch * (stage.height + top + bottom) * (stage.width + left + right) * stage.in_channels
-        if max(inputs, stage.out_pixels * stage.out_channels, stage.weight_count) > _MAX_ELEMENTS:
-            return f"{stage} needs indices beyond 32 bits"
-    return ""
+    schedules = _schedules(shape)
+    reason = config.reject_reason(plan.allowed(schedules.PARAMETERS[config.strategy], device))
+    return reason or schedules.reject_reason(shape, config, device)
 
 
 def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
@@ -76,10 +94,16 @@ def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Esti
     Estimate
         Parts ``compute`` (wasted lanes, pixels and recomputed halo included), ``copy``, ``memory`` and ``launch``,
         in microseconds.
+
+    Raises
+    ------
+    TdcError
+        If the configuration cannot run.
     """
-    if isinstance(shape, TuckerConvShape):
-        return tucker.estimate(shape, config, device)
-    return dense.estimate(shape, config, device)
+    reason = reject_reason(shape, config, device)
+    if reason:
+        raise TdcError(f"cannot estimate {shape} with {config.strategy} ({config}): {reason}")
+    return _schedules(shape).estimate(shape, config, device)
 
 
 def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate]:
@@ -97,11 +121,7 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     TdcError
         If no candidate can run.
     """
-    found = candidates(shape, device)
-    rated = [(estimate(shape, config, device), config) for config in found if not reject_reason(shape, config, device)]
-    if not rated:
-        reason = reject_reason(shape, found[0], device)
-        raise TdcError(f"no CPU schedule for {shape} on {device.name}: {reason}; use smaller extents or another device")
+    rated = [(estimate(shape, config, device), config) for config in candidates(shape, device)]
     best, config = min(rated, key=lambda item: (item[0].latency_us, item[1]))
     return config, best
 
@@ -145,8 +165,8 @@ def make_kernel(
     reason = reject_reason(shape, config, device)
     if reason:
         raise TdcError(f"cannot schedule {shape} with {config.strategy} ({config}): {reason}")
-    stages = _stages(shape)
-    _check_weights(stages, weights)
+    check_weights(shape, weights)
+    stages = stages_of(shape)
     if isinstance(shape, TuckerConvShape):
         blocks = tucker.blocks_of(shape, config, device)
         constants = [array for w, b in zip(weights, blocks, strict=True) for array in dense.pack(w, b, 1)]
@@ -178,18 +198,3 @@ def make_kernel(
         else:
             dense.body(shape, config, device, operands)
     return Kernel(builder.get(), tuple(constants))
-
-
-def _stages(shape: ConvShape) -> tuple[Conv2dShape, ...]:
-    return shape.stages if isinstance(shape, TuckerConvShape) else (shape,)
-
-
-def _check_weights(stages: tuple[Conv2dShape, ...], weights: tuple[ConvWeights, ...]) -> None:
-    if len(stages) != len(weights):
-        raise TdcError(f"found weights for {len(weights)} stages, expected {len(stages)}")
-    for stage, w in zip(stages, weights, strict=True):
-        expected = (stage.out_channels, stage.in_channels // stage.groups, *stage.kernel)
-        if w.kernel.shape != expected:
-            raise TdcError(f"found a kernel of shape {w.kernel.shape} for {stage}, expected {expected}")
-        if w.bias is not None and w.bias.shape != (stage.out_channels,):
-            raise TdcError(f"found a bias of shape {w.bias.shape} for {stage}, expected {(stage.out_channels,)}")

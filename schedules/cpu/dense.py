@@ -17,6 +17,9 @@ from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
 
+_PARAMETERS = ("strip", "chunks", "lanes", "vectors")
+PARAMETERS = {"direct": _PARAMETERS, "grouped": _PARAMETERS, "depthwise": ("strip", "lanes", "cols")}
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -91,6 +94,15 @@ def estimate(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> Es
     traffic += turns * share * weight_bytes if share * weight_bytes > device.l2_bytes / 2 else weight_bytes
     traffic += turns * scratch if scratch > device.l2_bytes / 2 else 0
     return plan.price(device, turns * slots, turns * scratch if copies else 0, traffic, tasks)
+
+
+def reject_reason(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> str:
+    """Why a configuration, whose parameters are in range, cannot run; empty if it can."""
+    if config.strategy == "depthwise":
+        return ""
+    rows = blocks_of(plan.as_pixels(shape), config, device).tile.rows
+    strip = config["strip"]
+    return f"has strips of {strip} rows, which are not whole tiles of {rows}" if strip % rows else ""
 
 
 def blocks_of(view: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> Blocks:

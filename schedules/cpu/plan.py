@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tdc_tvm.schedules.cpu.emit import Blocks, Nest, Tile
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import Estimate, KernelConfig
-from tdc_tvm.schedules.shape import Conv2dShape
+from tdc_tvm.schedules.shape import MAX_ELEMENTS, Conv2dShape
+
+MAX_VECTORS = 4
 
 
 def make_config(strategy: str, **parameters: int) -> KernelConfig:
@@ -62,7 +66,15 @@ def make_tile(rows: int, cols: int, vectors: int, lanes: int, device: DeviceSpec
 
 def vector_counts(channels: int, lanes: int) -> range:
     """How many vectors a register tile may have."""
-    return range(1, min(4, -(-channels // lanes)) + 1)
+    return range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1)
+
+
+def allowed(names: Sequence[str], device: DeviceSpec) -> dict[str, Sequence[int]]:
+    """The values that each parameter can have, as far as one alone decides; of a stage's by what follows its name."""
+    vectors = range(1, MAX_VECTORS + 1)
+    lanes = [1 << i for i in range(full_lanes(device).bit_length())]
+    few = {"lanes": lanes, "vectors": vectors, "reduce": vectors, "core": vectors, "expand": vectors}
+    return {name: few.get(name.split("_")[-1], range(1, MAX_ELEMENTS + 1)) for name in names}
 
 
 def strip_heights(height: int, step: int, device: DeviceSpec) -> list[int]:

@@ -19,9 +19,12 @@ from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import Estimate, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue, TuckerConvShape
 
-STRATEGIES = ("fused_tile", "staged")
 _STAGES = ("reduce", "core", "expand")
 _STAGE_PARAMETERS = ("strip", "chunks", "vectors")
+PARAMETERS = {
+    "fused_tile": ("strip", "lanes", *_STAGES),
+    "staged": ("lanes", *(f"{name}_{parameter}" for name in _STAGES for parameter in _STAGE_PARAMETERS)),
+}
 
 
 def candidates(shape: TuckerConvShape, device: DeviceSpec) -> list[KernelConfig]:
@@ -66,6 +69,14 @@ def estimate(shape: TuckerConvShape, config: KernelConfig, device: DeviceSpec) -
     traffic += turns * weight_bytes if weight_bytes > device.l2_bytes / 2 else weight_bytes
     traffic += turns * scratch if scratch > device.l2_bytes / 2 else 0
     return plan.price(device, turns * slots, turns * scratch / 4, traffic, tasks)
+
+
+def reject_reason(shape: TuckerConvShape, config: KernelConfig, device: DeviceSpec) -> str:
+    """Why a configuration, whose parameters are in range, cannot run; empty if it can."""
+    if config.strategy != "staged":
+        return ""
+    stages = zip(shape.stages, _stage_configs(config), strict=True)
+    return next((reason for stage, one in stages if (reason := dense.reject_reason(stage, one, device))), "")
 
 
 def blocks_of(shape: TuckerConvShape, config: KernelConfig, device: DeviceSpec) -> tuple[Blocks, Blocks, Blocks]:

@@ -8,8 +8,9 @@ stages are together, which has more products but only one stage.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from tvm import tirx
@@ -20,8 +21,9 @@ from tdc_tvm.schedules.cuda.arith import Number, round_up
 from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
-from tdc_tvm.schedules.cuda.plan import Part
-from tdc_tvm.schedules.cuda.work import UNITS
+from tdc_tvm.schedules.cuda.plan import MAX_PIXELS, MAX_THREADS, Part
+from tdc_tvm.schedules.cuda.space import MAX_SLICES
+from tdc_tvm.schedules.cuda.work import UNITS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
@@ -41,6 +43,21 @@ def cuts_of(config: KernelConfig) -> tuple[int, ...]:
     return {"two": lambda: (config["cut"],), "three": lambda: (1, 2)}.get(config.strategy, tuple)()
 
 
+def allowed(shape: ConvShape, strategy: str) -> dict[str, Sequence[int]]:
+    """The values that each parameter of a strategy can have, as far as one alone decides."""
+    precision = stages_of(shape, strategy)[0].precision
+    extents = range(1, MAX_PIXELS + 1)
+    groups = [group for one, group in UNITS if one == precision]
+    values = (extents, extents, range(1, MAX_SLICES + 1), (0, 1), range(1, MAX_THREADS // WARP + 1), groups)
+    kernels = {"two": 2, "three": 3}.get(strategy, 1)
+    named: dict[str, Sequence[int]] = {
+        f"{field}{number or ''}": one for number in range(kernels) for field, one in zip(FIELDS, values, strict=True)
+    }
+    return named | ({"cut": (1, 2)} if strategy == "two" else {})
+
+
+# A configuration is checked, estimated and built by the same parts.
+@functools.lru_cache(maxsize=16)
 def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tuple[Part, ...]:
     """The kernels of a configuration, in order."""
     stages = stages_of(shape, config.strategy)

@@ -21,15 +21,16 @@ import numpy as np
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import chain_conv, direct, model
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
+from tdc_tvm.schedules.cuda.plan import MAX_PIXELS
 from tdc_tvm.schedules.cuda.space import splits, tiles, tiles_of_eights
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, check_weights
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape, oversize_reason, stages_of
 
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
-# Pixels of a tile.
-_LEAST, _MOST = 8, 256
+# Pixels of a tile, at least.
+_LEAST = 8
 _WARPS = {1: (4, 8, 16), 4: (4, 8)}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
@@ -50,10 +51,35 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
     -------
     list[KernelConfig]
         None of them is rejected.
+
+    Raises
+    ------
+    TdcError
+        If none can run: the GPU does not have the precision, or 32-bit indices do not reach all of a tensor.
     """
+    _check(shape, device)
     if isinstance(shape, Conv2dShape) and shape.groups > 1:
         return direct.candidates(shape, device)
     return [config for config, _ in _estimates(shape, device)]
+
+
+def _check(shape: ConvShape, device: DeviceSpec) -> None:
+    reason = _shape_reason(shape, device)
+    if reason:
+        raise TdcError(f"no CUDA schedule for {shape}: {reason}")
+
+
+def _shape_reason(shape: ConvShape, device: DeviceSpec) -> str:
+    """Why no configuration can compute a shape on a device, with numbers; empty if some can."""
+    if device.kind != "cuda":
+        return f"a CUDA schedule on a device of kind {device.kind!r}"
+    stages = stages_of(shape)
+    is_grouped, precision = stages[0].groups > 1, stages[0].precision
+    known = ["fp32", *(() if is_grouped else device.tensor_flops_per_s)]
+    if precision not in known:
+        what = "grouped convolutions" if is_grouped else "convolutions"
+        return f"needs {precision}; {device.name} ({device.arch}) computes {what} in {' or '.join(known)} only"
+    return oversize_reason(stages)
 
 
 def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) -> list[tuple[KernelConfig, float]]:
@@ -72,7 +98,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
         return found
     stages = shape.stages
     add(stages, "tile", "cluster")
-    if shape.is_mergeable:
+    if shape.is_mergeable and not oversize_reason((shape.dense,)):
         add((shape.dense,), "dense", "dense")
     for cuts in _CUTS:
         spaces = []
@@ -102,7 +128,7 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
     for group, warps_of in _WARPS.items():
         if (core.precision, group) not in UNITS or (group > 1 and device.compute_capability != 90):
             continue
-        shapes = tiles(core, _LEAST, _MOST) if group == 1 else tiles_of_eights(core, _MOST)
+        shapes = tiles(core, _LEAST, MAX_PIXELS) if group == 1 else tiles_of_eights(core, MAX_PIXELS)
         if not shapes:
             continue
         sharing: np.ndarray = np.array(splits(stages, core))
@@ -118,6 +144,9 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
 
 def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> str:
     """Why a configuration cannot run on a device, with numbers; empty if it can."""
+    reason = _shape_reason(shape, device)
+    if reason:
+        return reason
     if isinstance(shape, Conv2dShape):
         expected: tuple[str, ...] = ("direct",) if shape.groups > 1 else ("conv",)
     else:
@@ -129,11 +158,22 @@ def reject_reason(shape: ConvShape, config: KernelConfig, device: DeviceSpec) ->
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.reject_reason(shape, config, device)
-    return next((reason for part in parts_of(shape, config, device) if (reason := part.reject_reason())), "")
+    reason = config.reject_reason(chain_conv.allowed(shape, config.strategy))
+    reason = reason or oversize_reason(chain_conv.stages_of(shape, config.strategy))
+    return reason or next((fault for part in parts_of(shape, config, device) if (fault := part.reject_reason())), "")
 
 
 def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
-    """Predict the latency of a configuration that can run."""
+    """Predict the latency of a configuration.
+
+    Raises
+    ------
+    TdcError
+        If the configuration cannot run on the device.
+    """
+    reason = reject_reason(shape, config, device)
+    if reason:
+        raise TdcError(f"cannot estimate {config} for {shape}: {reason}")
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.estimate(shape, config, device)
@@ -146,17 +186,16 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     Raises
     ------
     TdcError
-        If no configuration can run: on a GPU without the tensor cores that the precision needs.
+        If no configuration can run; see `candidates`.
     """
+    _check(shape, device)
     if isinstance(shape, Conv2dShape) and shape.groups > 1:
         options = [(c, direct.estimate(shape, c, device).latency_us) for c in direct.candidates(shape, device)]
     else:
         options = _estimates(shape, device, only_best=True)
     if not options:
-        raise TdcError(
-            f"no CUDA schedule for {shape} on {device.name} ({device.arch}): tf32 and bf16 need sm_80 or newer; "
-            "use fp32 or fp16"
-        )
+        smem_bytes = device.smem_per_block_optin_bytes
+        raise TdcError(f"no CUDA schedule for {shape} fits into {device.name}'s {smem_bytes} bytes of shared memory")
     config, _ = min(options, key=lambda pair: (pair[1], pair[0]))
     return config, estimate(shape, config, device)
 
@@ -194,11 +233,12 @@ def make_kernel(
     Raises
     ------
     TdcError
-        If the configuration cannot run on the device.
+        If the configuration cannot run on the device, or the weights do not fit the shape.
     """
     reason = reject_reason(shape, config, device)
     if reason:
         raise TdcError(f"cannot run {config} for {shape}: {reason}")
+    check_weights(shape, weights)
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)

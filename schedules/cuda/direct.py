@@ -15,12 +15,19 @@ from tdc_tvm.schedules.cuda import emit
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.emit import Load, ThreadTile
 from tdc_tvm.schedules.cuda.plan import MAX_THREADS
-from tdc_tvm.schedules.cuda.work import REGISTERS
+from tdc_tvm.schedules.cuda.work import REGISTERS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
 
 STRATEGY = "direct"
+_ALLOWED = {
+    "threads": range(WARP, MAX_THREADS + 1, WARP),
+    "lanes": (1, 2, 4, 8, 16, 32),
+    "pixels": range(1, 9),
+    "columns": range(1, 9),
+    "splits": range(1, 9),
+}
 
 
 def candidates(shape: Conv2dShape, device: DeviceSpec) -> list[KernelConfig]:
@@ -42,10 +49,11 @@ def candidates(shape: Conv2dShape, device: DeviceSpec) -> list[KernelConfig]:
 
 def reject_reason(shape: Conv2dShape, config: KernelConfig, device: DeviceSpec) -> str:
     """Why a configuration cannot run; empty if it can."""
+    reason = config.reject_reason(_ALLOWED)
+    if reason:
+        return reason
     threads, lanes, splits = config["threads"], config["lanes"], config["splits"]
-    if not 1 <= threads <= MAX_THREADS:
-        return f"needs {threads} threads in a block, {device.name} has 1 to {MAX_THREADS}"
-    if min(lanes, config["pixels"], config["columns"], splits) < 1 or threads % (lanes * splits):
+    if threads % (lanes * splits):
         return f"{threads} threads do not divide into {splits} splits of sets of {lanes} lanes"
     if splits > 1 and (shape.groups > 1 or shape.in_channels % splits):
         return f"{splits} splits do not divide {shape.in_channels} input channels in {shape.groups} groups"

@@ -15,8 +15,11 @@ import numpy as np
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up, smaller
 from tdc_tvm.schedules.cuda.division import BANKS, Division, of_stage
 from tdc_tvm.schedules.cuda.work import REGISTERS, registers_of
+from tdc_tvm.schedules.shape import MAX_ELEMENTS
 
 MAX_THREADS = 1024
+# Pixels of a tile, of those that are tried and tested.
+MAX_PIXELS = 256
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
 MAX_CLUSTER = 16
 # Bytes of a chunk of weights that has a place of its own: each is waited for by itself.
@@ -329,22 +332,26 @@ class Part(Division):
             for i in range(len(self.stages)):
                 fits = fits & self.is_held(i)
             fits = fits & (self.warps % self.group == 0) & (device.compute_capability == 90)
-        return fits & (device.compute_capability >= 80 or self.precision not in ("tf32", "bf16"))
+        return fits
+
+    @property
+    def most_elements(self) -> int:
+        """Of the largest tensor that the kernel reads or writes, filled up as it lies in memory."""
+        first, last = self.stages[0], self.stages[-1]
+        weights = (self.split * self.weight_vectors(i) * self.unit.vector for i in range(len(self.stages)))
+        return max(first.batch * first.height * first.width * self.in_width, last.out_pixels * self.out_width, *weights)
 
     def reject_reason(self) -> str:
-        """Why the kernel cannot run on the device; empty if it can."""
+        """Why the kernel, whose numbers are in range, cannot run on the device; empty if it can."""
         name, compute = self.device.name, self.device.compute_capability
-        if min(self.tile_h, self.tile_w, self.split, self.warps) < 1 or self.threads > MAX_THREADS:
-            return (
-                f"needs tiles of {self.tile_h}x{self.tile_w} in {self.split} slices and {self.threads} threads; "
-                f"at least 1 of each, and at most {MAX_THREADS} threads"
-            )
+        if self.tile_pixels > MAX_PIXELS:
+            return f"needs tiles of {self.tile_h}x{self.tile_w} = {self.tile_pixels} pixels; at most {MAX_PIXELS}"
+        if self.deep and len(self.stages) > 1:
+            return f"divides the depth of a single stage (deep=1), and has {len(self.stages)} stages"
         if self.is_cluster and compute < 90:
             return f"needs clusters of {self.split} blocks; {name} is sm_{compute}, clusters begin with sm_90"
         if self.is_cluster and self.split > MAX_CLUSTER:
             return f"needs clusters of {self.split} blocks, {name} has at most {MAX_CLUSTER}"
-        if self.precision in ("tf32", "bf16") and compute < 80:
-            return f"needs {self.precision} tensor cores; {name} is sm_{compute}, they begin with sm_80"
         if self.group > 1 and (compute != 90 or self.warps % self.group):
             return f"needs groups of {self.group} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
         if self.group > 1 and not self.has_rows_of_eight:
@@ -354,4 +361,6 @@ class Part(Division):
         if self.smem_bytes > self.device.smem_per_block_optin_bytes:
             has = self.device.smem_per_block_optin_bytes / 1024
             return f"needs {self.smem_bytes / 1024:.0f} KB of shared memory, {name} has {has:.0f} KB"
+        if self.most_elements > MAX_ELEMENTS:
+            return f"needs a tensor of {self.most_elements:,} elements, 32-bit indices reach {MAX_ELEMENTS:,}"
         return ""

@@ -12,7 +12,7 @@ from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.shape import Conv2dShape
 
 # Slices of the channels of one stage, at most.
-_MOST_SLICES = 32
+MAX_SLICES = 32
 
 
 def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int, int]]:
@@ -32,7 +32,7 @@ def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int
 
     is_one = len(stages) == 1
     if is_one:
-        add(_MOST_SLICES, 0, 0.85, lambda split: slice_channels(core.out_channels, split))
+        add(MAX_SLICES, 0, 0.85, lambda split: slice_channels(core.out_channels, split))
     add(MAX_CLUSTER, int(is_one), 1.0, lambda split: round_up(ceil_div(core.in_channels, split), max(unit, SLICE)))
     return found
 

@@ -243,22 +243,11 @@ def test_kernel_is_private_marked_and_names_its_configuration() -> None:
 def test_what_cannot_run_is_refused_with_a_reason() -> None:
     shape = CONVOLUTIONS["3x3"]
     config, _ = conv.choose(shape, DEVICE)
-    weights = (ConvWeights(np.zeros((64, 32, 3, 3), "float32")),)
     assert "'cuda'" in conv.reject_reason(shape, config, GPUS["H100"])
     assert "expected direct" in conv.reject_reason(shape, KernelConfig("fused_tile"), DEVICE)
     huge = Conv2dShape(1, 70000, 70000, 1, 1, (3, 3))
-    with pytest.raises(TdcError, match="beyond 32 bits"):
+    with pytest.raises(TdcError, match="4,900,000,000 elements, 32-bit indices reach"):
         conv.choose(huge, DEVICE)
-    wrong = (ConvWeights(np.zeros((64, 31, 3, 3), "float32")),)
-    with pytest.raises(TdcError, match=r"found a kernel of shape .* expected \(64, 32, 3, 3\)"):
-        conv.make_kernel(shape, PLAIN, wrong, config, DEVICE, "kernel")
-    wrong = (ConvWeights(weights[0].kernel, np.zeros(3, "float32")),)
-    with pytest.raises(TdcError, match="found a bias of shape"):
-        conv.make_kernel(shape, PLAIN, wrong, config, DEVICE, "kernel")
-    tucker = TUCKER["square"]
-    config, _ = conv.choose(tucker, DEVICE)
-    with pytest.raises(TdcError, match="1 stages, expected 3"):
-        conv.make_kernel(tucker, PLAIN, weights, config, DEVICE, "kernel")
 
 
 op = relax.op

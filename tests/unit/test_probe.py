@@ -12,6 +12,7 @@ from tdc_tvm import cli, probe
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules import device as device_module
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
+from tdc_tvm.schedules.shape import DTYPES
 from tdc_tvm.targets import local_gpu_arch
 
 MEASURED = json.loads(Path(device_module.__file__).with_name("h100_probe.json").read_text())["measured"]
@@ -56,6 +57,19 @@ def test_a_gpu_that_is_not_in_the_table_is_an_error_that_names_those_that_are():
         DeviceSpec.from_target(Target({"kind": "cuda", "arch": "sm_70"}))
 
 
+def test_the_readme_lists_the_table():
+    rows: dict[tuple[str, str], list[str]] = {}
+    for gpu in GPUS.values():
+        targets = [name for name in (gpu.arch, f"{gpu.arch}a") if name == gpu.arch or gpu.compute_capability >= 90]
+        precisions = ["fp32", *(name for name in DTYPES if name in gpu.tensor_flops_per_s)]
+        key = ", ".join(f"`{name}`" for name in targets), ", ".join(map(str.upper, precisions))
+        rows.setdefault(key, []).append(gpu.name)
+    readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    listed = readme[readme.index("| GPU | target | kernels compute in |") + 2 :]
+    listed = listed[: listed.index("")]
+    assert sorted(listed) == sorted(f"| {', '.join(names)} | {' | '.join(key)} |" for key, names in rows.items())
+
+
 @pytest.mark.parametrize("name", ["RTX 2080 Ti", "A100", "H100"])
 def test_microbenchmarks_are_made_for_what_a_gpu_can_do(name):
     gpu = GPUS[name]
@@ -65,6 +79,27 @@ def test_microbenchmarks_are_made_for_what_a_gpu_can_do(name):
     source = cuda_source(functions, gpu.arch)
     for function in functions:
         assert f"{function}_kernel" in source
+
+
+def test_an_architecture_that_is_none_is_refused():
+    with pytest.raises(TdcError, match="found the GPU architecture None; expected a name such as 'sm_90'"):
+        probe.build(None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "usage: python -m tdc_tvm.probe"),
+        (["build", "p.so"], 2, "required: arch"),
+        (["build", "p.so", "sm_80a"], 1, "error: no device data for GPU architecture sm_80a"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_message(monkeypatch, capsys, arguments, status, message):
+    monkeypatch.setattr("sys.argv", ["probe", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        probe.main()
+    assert stopped.value.code == status
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(local_gpu_arch() is not None, reason="shows what happens on a machine without a GPU")

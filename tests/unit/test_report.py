@@ -63,6 +63,22 @@ def test_wide_terminals_show_the_schedule_and_names_are_no_markup():
     assert str(REPORT) == shown(REPORT, 160)
 
 
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_a_layer_is_one_line_of_the_table(width):
+    config = "tile_h=16 tile_w=16 split=16 deep=0 warps=16 group=1"
+    layer = replace(FUSED, name="layer1.conv1", shape="1x14x14x128 -> 256, 3x3/2", config=config)
+    report = replace(REPORT, layers=(layer, layer))
+    rows = [line for line in shown(report, width).splitlines() if line.startswith("│")]
+    assert len(rows) == 2
+    assert all((config in row) == (width == 160) for row in rows)
+
+
+def test_predictions_name_the_schedule_and_have_no_negative_zero():
+    layer = replace(FUSED, predicted_parts_us={"core": 1.254, "contention": -0.004, "memory": -0.2})
+    text = str(replace(REPORT, layers=(layer,)).predictions())
+    assert "layer1.[main].conv (fused strip=3): core 1.25 + contention 0.00 + memory -0.20 = 1.25" in text
+
+
 def test_plain_data_survives_json():
     data = REPORT.to_dict()
     assert BuildReport.from_dict(json.loads(json.dumps(data))) == REPORT

@@ -99,7 +99,9 @@ def test_other_targets_are_refused(target, message):
         resolve_target(target)
 
 
-@pytest.mark.parametrize("target", ["sm_", "sm_abc", "sm_20", Target({"kind": "cuda", "arch": "sm_50"})])
+@pytest.mark.parametrize(
+    "target", ["sm_", "sm_abc", "sm_20", "sm_80a", "sm_90aa", Target({"kind": "cuda", "arch": "sm_50"})]
+)
 def test_an_architecture_without_data_is_refused(model_path, target):
     with pytest.raises(TdcError, match=r"no device data for GPU architecture sm_.*known: .*sm_80"):
         tdc_tvm.build(model_path, target)
