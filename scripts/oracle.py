@@ -8,7 +8,9 @@ The steps can run on different machines::
     python scripts/fit_model.py oracle.jsonl                  # refits the model's constants
 
 Of each layer's candidates a seeded sample is measured: the model's pick and those that it thinks best, and as many
-others drawn at random; ``--sample 0`` takes all.  Every kernel's result is checked before it is timed.
+others drawn at random; ``--sample 0`` takes all.  ``--again oracle.jsonl`` judges a pick that was not in the sample, or
+kernels that changed: half of the kernels are what the model thinks best, half what was fastest in those results.
+Every kernel's result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -44,6 +46,23 @@ def sample(shape: ConvShape, device: DeviceSpec, count: int, seed: int) -> list[
         rng = np.random.default_rng([seed, zlib.crc32(str(shape).encode())])
         others = best + [rest[i] for i in sorted(rng.choice(len(rest), count - 1 - len(best), replace=False))]
     return [(pick, True), *((config, False) for config in others)]
+
+
+def again(
+    shape: ConvShape, device: DeviceSpec, count: int, records: list[dict[str, Any]]
+) -> list[tuple[KernelConfig, bool]]:
+    """The model's pick, and of ``count`` others half the best by the model, half the fastest of ``records``."""
+    from tdc_tvm.schedules import backend
+    from tdc_tvm.schedules.kernel import KernelConfig
+
+    timed = [record for record in records if "warm" in record and record["shape"]["text"] == str(shape)]
+    timed.sort(key=lambda record: record["warm"]["ours"]["median_us"])
+    fastest = [KernelConfig(record["strategy"], tuple(record["config"].items())) for record in timed[: count // 2]]
+    configs = [config for config, _ in sample(shape, device, 0, 0)]
+    pick = configs[0]
+    configs.sort(key=lambda config: backend(device).estimate(shape, config, device).latency_us)
+    chosen = dict.fromkeys([pick, *configs[: count // 2], *fastest])
+    return [(config, config == pick) for config in chosen]
 
 
 def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -111,6 +130,9 @@ def main() -> int:
         "--sample", type=bench_layers.at_least(0), default=200, help="candidates of a layer; 0: all"
     )
     build_command.add_argument("--seed", type=bench_layers.at_least(0), default=0)
+    build_command.add_argument(
+        "--again", type=Path, nargs="+", metavar="RESULTS", help="measure the fastest of these and the model's best"
+    )
     bench_layers.add_run_options(commands.add_parser("run", help="check and time them"))
     report_command = commands.add_parser("report", help="print a table")
     report_command.add_argument("results", type=Path, nargs="+")
@@ -120,13 +142,20 @@ def main() -> int:
     if arguments.command == "build":
         device = bench_layers.device_of(arguments)
         layers = bench_layers.select(arguments.shapes, arguments.batch, arguments.precision)
+        records = gpu_layers.read_results(arguments.again or [])
+
+        def candidates(shape: ConvShape) -> list[tuple[KernelConfig, bool]]:
+            if arguments.again:
+                return again(shape, device, arguments.sample, records)
+            return sample(shape, device, arguments.sample, arguments.seed)
+
         manifest = bench_layers.build(
             arguments.folder,
             layers,
             device,
             arguments.precision,
             arguments.jobs,
-            lambda shape: sample(shape, device, arguments.sample, arguments.seed),
+            candidates,
         )
         return build_layers.print_build(manifest)
     report(gpu_layers.read_results(arguments.results))
