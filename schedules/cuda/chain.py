@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -378,8 +377,8 @@ class Chain(Block):
         return products * (4 if self.unit.name == "mma" and products <= 8 else 2)
 
     def result_rows(self, stage: int) -> int:
-        """Neighbouring channels of a lane's sums."""
-        return self.unit.vector if self.unit.name == "wgmma" else self.part.works[stage].rows
+        """Neighbouring channels of a lane's sums: at most a vector, that what lanes store fills whole sectors."""
+        return min(self.part.works[stage].rows, self.unit.vector)
 
     def pixel_lane(self) -> ir.Expr:
         """Which of the pixels that a warp loads side by side is this lane's."""
@@ -450,28 +449,14 @@ class Chain(Block):
     ) -> None:
         """Visit a lane's sums, as ``(pixel, first channel of the slice, neighbouring channels)``."""
         part, unit, work = self.part, self.unit, self.part.works[stage]
-        columns, rows, width = work.columns, work.rows, unit.row_lanes * work.rows
-        values = local(self.result_rows(stage))
-        if unit.name == "wgmma":
-            # Four lanes have neighbouring vectors of channels, for two pixels.
-            count, group = self.result_rows(stage), unit.row_lanes * self.result_rows(stage)
-            pixel = T.Bind(pixel_tile * unit.pixels + self.warp % unit.warps * 16 + self.lane // 4)
-            with unrolled(rows // count) as i, unrolled(2) as e:
-                with unrolled(count) as row:
-                    T.buffer_store(values, acc[(i * (count // 2) + row // 2) * 4 + e * 2 + row % 2], [row])
-                channel = T.Bind(channel_tile * width + i * group + self.lane % 4 * count)
-                at = T.Bind(pixel + e * 8)
-                inside = all_of(
-                    at < part.pixels(stage) if part.pixels(stage) % unit.pixels else True,
-                    channel < part.slice_channels(stage) if part.slice_channels(stage) % width else True,
-                )
-                when(inside, functools.partial(use, at, channel, values))
-            return
-        mma = unit.name == "mma"
-        row_lane = self.lane // unit.chunks if mma else self.lane // unit.chunks % unit.row_lanes
-        channel = T.Bind(channel_tile * width + row_lane * rows)
+        columns, rows, width = work.columns, self.result_rows(stage), unit.row_lanes * work.rows
+        values = local(rows)
+        # Neighbouring lanes have neighbouring vectors of channels.
+        groups, lanes = work.rows // rows, self.lane // (1 if unit.name == "wgmma" else unit.chunks)
+        channel_0 = T.Bind(channel_tile * width + lanes % unit.row_lanes * rows)
 
-        def visit(pixel: ir.Expr, has_result: ir.Expr | bool) -> None:
+        def visit(pixel: ir.Expr, group: ir.Expr, has_result: ir.Expr | bool = True) -> None:
+            channel = T.Bind(channel_0 + group * (unit.row_lanes * rows))
             inside = all_of(
                 has_result,
                 pixel < part.pixels(stage) if part.pixels(stage) % (columns * unit.pixels) else True,
@@ -480,23 +465,33 @@ class Chain(Block):
             when(inside, lambda: use(pixel, channel, values))
 
         pixel_0 = T.Bind(pixel_tile * (columns * unit.pixels))
-        if mma:
-            with unrolled(columns) as j, unrolled(2) as e:
+        if unit.name == "wgmma":
+            pixel = T.Bind(pixel_0 + self.warp % unit.warps * 16 + self.lane // 4)
+            with unrolled(groups) as i, unrolled(2) as e:
                 with unrolled(rows) as row:
-                    T.buffer_store(values, acc[(row // 2 * columns + j) * 4 + row % 2 * 2 + e], [row])
-                visit(pixel_0 + j * unit.pixels + self.lane % 4 * 2 + e, True)
+                    T.buffer_store(values, acc[(i * (rows // 2) + row // 2) * 4 + e * 2 + row % 2], [row])
+                visit(pixel + e * 8, i)
+            return
+        if unit.name == "mma":
+            with unrolled(columns) as j, unrolled(2) as e, unrolled(groups) as i:
+                with unrolled(rows) as row:
+                    number = i * rows + row
+                    T.buffer_store(values, acc[(number // 2 * columns + j) * 4 + number % 2 * 2 + e], [row])
+                visit(pixel_0 + j * unit.pixels + self.lane % 4 * 2 + e, i)
             return
         # Two lanes have a sum each, of half of the depth.  Of every two columns each lane finishes one.
         assert unit.chunks == 2
         pair = min(2, columns)
-        with unrolled(columns // pair) as j:
+        odd = self.chunk_lane() == 1
+        own = self.chunk_lane() if pair == 2 else 0
+        with unrolled(columns // pair) as j, unrolled(groups) as i:
             with unrolled(rows) as row:
-                first, second = acc[row * columns + j * pair], acc[row * columns + j * pair + pair - 1]
-                odd = self.chunk_lane() == 1
+                at = (i * rows + row) * columns + j * pair
+                first, second = acc[at], acc[at + pair - 1]
                 kept, given = tirx.Select(odd, second, first), tirx.Select(odd, first, second)
                 T.buffer_store(values, kept + call("tdc_swap", given, returns="float32"), [row])
-            own = self.chunk_lane() if pair == 2 else 0
-            visit(pixel_0 + (j * pair + own) * unit.pixels + self.pixel_lane(), True if pair == 2 else odd)
+            pixel = pixel_0 + (j * pair + own) * unit.pixels + self.pixel_lane()
+            visit(pixel, i, True if pair == 2 else odd)
 
     def share_sums(self, stage: int, split: ir.Expr, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Put sums over a part of the depth where `add_up` finds them."""

@@ -39,15 +39,15 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
             rows = matrix.reshape(-1, *conv.kernel, channels // unit.depth, unit.depth)
             matrix = rows.transpose(0, 2, 3, 1, 4)
         padded[rank, : part_of.shape[0], : taps * channels] = matrix.reshape(-1, taps * channels)
-    # channel = (tile, lane, rows), depth = (unit, chunk, vector)
-    split = padded.reshape(blocks, tiles, unit.row_lanes, work.rows, steps, unit.chunks, unit.vector)
-    packed = split.transpose(0, 1, 4, 3, 2, 5, 6).reshape(
+    # channel = (tile, rows by vectors, lane, rows of a vector), depth = (unit, chunk, vector)
+    rows = min(work.rows, unit.vector)
+    split = padded.reshape(blocks, tiles, -1, unit.row_lanes, rows, steps, unit.chunks, unit.vector)
+    packed = split.transpose(0, 1, 5, 2, 4, 3, 6, 7).reshape(
         blocks, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )
     if unit.name == "wgmma":
-        # (tile, vector of depth, channel, vector); of every eight columns each of four lanes has the results of two,
-        # and those of all its columns are to be neighbouring channels, a vector of them.
-        ordered = split.reshape(blocks, tiles, -1, 4, unit.vector // 2, 2, steps, unit.chunks, unit.vector)
+        # (tile, vector of depth, channel, vector); of every eight columns each of four lanes has the results of two.
+        ordered = split.reshape(*split.shape[:4], rows // 2, 2, *split.shape[5:])
         packed = ordered.transpose(0, 1, 6, 7, 2, 4, 3, 5, 8)
     if unit.name == "mma":
         # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:
