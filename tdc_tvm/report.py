@@ -117,7 +117,7 @@ class BuildReport:
             "predicted us",
         ]
         # Configurations would be folded into narrow columns of many lines.
-        hidden = {"config"} if options.max_width < 160 else set()
+        hidden = {"config"} if options.max_width < 170 else set()
         hidden |= {"kind", "strategy"} if options.max_width < 120 else set()
         for column in columns:
             if column not in hidden:
@@ -165,7 +165,7 @@ class BuildReport:
             yield Text(f"note: {note}", "yellow")
 
     def __str__(self) -> str:
-        console = Console(width=160, highlight=False, no_color=True, force_terminal=False)
+        console = Console(width=170, highlight=False, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()

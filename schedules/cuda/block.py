@@ -14,7 +14,7 @@ from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.arith import ceil_div
-from tdc_tvm.schedules.cuda.intrinsics import address, call
+from tdc_tvm.schedules.cuda.intrinsics import address, barrier, call, run
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.work import WARP
 
@@ -96,11 +96,27 @@ class Block:
         rank, thread : Expr
             Which block of those that share a tile this is, and which thread of the block.
         """
+        self.crew: ir.Expr | int = 0
+        if self.part.crews > 1:
+            self.crew = T.Bind(call("tdc_uniform", thread // self.part.threads, returns="int32"))
+            thread = T.Bind(thread % self.part.threads)
         # At least one word: a buffer cannot be empty.
         self.shared = T.sblock_alloc_buffer((max(1, self.part.smem_bytes // 4),), "float32", scope="shared.dyn")
         self.base = T.Bind(call("tdc_base", address(self.shared, 0), returns="int32"))
         self.rank, self.thread = rank, thread
         self.warp, self.lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
+
+    @property
+    def is_first_crew(self) -> ir.Expr | None:
+        """Whether the thread is of the first crew; None if there is but one."""
+        return self.crew == 0 if self.part.crews > 1 else None
+
+    def meet(self) -> None:
+        """Wait for all threads of the crew."""
+        if self.part.crews > 1:
+            run("tdc_meet", self.crew + 1, self.part.threads)
+        else:
+            barrier()
 
     def place(self, word: ir.Expr) -> ir.Expr:
         """The address of a word of shared memory, for moves between it and registers."""
@@ -111,7 +127,7 @@ class Block:
         return self.base + word * 4
 
     def each(self, count: int, body: Callable[[ir.Expr], None]) -> None:
-        """Divide items among the threads of the block."""
+        """Divide items among the threads of the crew."""
         threads = self.part.threads
         trips = ceil_div(count, threads)
         with T.serial(trips, unroll=min(8, trips)) as trip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,7 +64,8 @@ class Chain(Block):
             self.input_at.append(at)
             at += part.input_words(stage)
         self.scratch_at = at
-        unused = part.smem_bytes // 4 - at - part.scratch_words
+        self.crew_words = part.crew_bytes(part.input_words(0)) // 4
+        unused = part.smem_bytes // 4 - (part.crews - 1) * self.crew_words - at - part.scratch_words
         assert 0 <= unused <= BANKS
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
@@ -76,6 +78,15 @@ class Chain(Block):
         """
         part = self.part
         self.begin(rank, thread)
+        if part.crews > 1:
+            offset = T.Bind(self.crew * self.crew_words)
+            self.bias_at = [at + offset for at in self.bias_at]
+            self.input_at = [at + offset for at in self.input_at]
+            self.scratch_at = self.scratch_at + offset
+
+        def tile_at(turn: ir.Expr | int) -> Tile:
+            return self.tile_of((turn * part.crews + self.crew) * (part.blocks // part.split) + block)
+
         # Weights do not depend on the kernel before this one, and can be under way before its end.  Where that cannot
         # be, before sm_90, this kernel begins with what it needs first.
         late = range(1 if part.is_staged and not part.has_bulk_copies else len(part.stages), len(part.stages))
@@ -85,7 +96,7 @@ class Chain(Block):
                 for box in range(1 + part.gathers):
                     run("tdc_mailbox_open", self.at(self.box_at + box * 2), 1)
         if part.has_bulk_copies:
-            self.stream.open_mailboxes()
+            when(self.is_first_crew, self.stream.open_mailboxes)
             run("tdc_fence_copies")
             barrier()
         for stage in early:
@@ -102,13 +113,13 @@ class Chain(Block):
         # The stage from which on the place of the next input is free.
         free_from = min(1, part.core_index)
         if ahead:
-            self.copy_input(self.tile_of(block), 0)
+            self.copy_input(tile_at(0), 0)
             run("tdc_commit")
             for stage in late:
                 self.copy_weights(stage)
             run("tdc_commit")
         with T.serial(part.rounds) as turn:
-            self.turn, self.tile = turn, self.tile_of(turn * (part.blocks // part.split) + block)
+            self.turn, self.tile = turn, tile_at(turn)
             if part.is_staged and not ahead:
                 self.copy_input(self.tile, 0)
                 run("tdc_commit")
@@ -124,11 +135,10 @@ class Chain(Block):
                 run(f"tdc_await{min(begun, MOST_PENDING)}")
                 if self.unit.name == "wgmma":
                     run("tdc_fence_copies")
-                barrier()
+                self.meet()
                 if ahead and stage == free_from:
                     with T.If(turn < part.rounds - 1), T.Then():
-                        following = self.tile_of((turn + 1) * (part.blocks // part.split) + block)
-                        self.copy_input(following, (turn + 1) % part.buffers)
+                        self.copy_input(tile_at(turn + 1), (turn + 1) % part.buffers)
                     run("tdc_commit")
                 if part.is_cluster and stage == part.core_index:
                     # All blocks have begun, and read what they were sent for the tile before.
@@ -142,7 +152,7 @@ class Chain(Block):
                 run("tdc_cluster_arrive")
             if part.rounds > 1:
                 # Shared memory is written again.
-                barrier()
+                self.meet()
         if part.is_cluster:
             # What a block sends is read from its shared memory: it stays until all have got everything.
             run("tdc_cluster_wait")
@@ -158,7 +168,7 @@ class Chain(Block):
             out_x0,
             T.Bind(out_y0 * core.stride[0] - core.padding[0]),
             T.Bind(out_x0 * core.stride[1] - core.padding[1]),
-            number < part.tile_count if part.tile_count % (part.blocks // part.split) else True,
+            number < part.tile_count if part.tile_count % part.tiles_at_once else True,
         )
 
     def exchange(self) -> None:
@@ -170,7 +180,7 @@ class Chain(Block):
             return tirx.max(tirx.min(part.tile_pixels - rank * group, group), 0) * (4 * pitch)
 
         run("tdc_fence_copies")
-        barrier()
+        self.meet()
         with T.If(self.thread == 0), T.Then():
             run("tdc_mailbox_expect", box, bytes_of(self.rank) * part.split)
         with T.If(tirx.all(self.thread < part.split, bytes_of(self.thread) > 0)), T.Then():
@@ -201,7 +211,7 @@ class Chain(Block):
             run("tdc_send", self.at(word), self.at(word), box, rank, pixels * pixel_bytes)
 
         run("tdc_fence_copies")
-        barrier()
+        self.meet()
         with T.If(self.thread == 0), T.Then():
             run("tdc_mailbox_expect", box, (part.tile_pixels - pixels) * (planes * pixel_bytes))
         when(
@@ -222,7 +232,7 @@ class Chain(Block):
                 run("tdc_copy", to, from_, tirx.const(True, "bool"))
 
             self.each(count // 4, copy_bias)
-        self.stream.begin(stage)
+        when(self.is_first_crew, functools.partial(self.stream.begin, stage))
 
     def copy_input(self, tile: Tile, buffer: ir.Expr | int) -> None:
         """Copy a tile's input and halo into shared memory, zeros where there is none."""
@@ -364,7 +374,7 @@ class Chain(Block):
             if busy is not None and part.placement.ring[stage]:
                 when(tirx.Not(busy), lambda: self.stream.pass_chunks(stage))
         if work.splits > 1:
-            barrier()
+            self.meet()
             words = part.pixels(stage) * part.scratch_pitch(stage)
             self.add_up(stage, self.scratch_at, work.splits, part.pixels(stage), words, done)
 
@@ -479,19 +489,48 @@ class Chain(Block):
                     T.buffer_store(values, acc[(number // 2 * columns + j) * 4 + number % 2 * 2 + e], [row])
                 visit(pixel_0 + j * unit.pixels + self.lane % 4 * 2 + e, i)
             return
-        # Two lanes have a sum each, of half of the depth.  Of every two columns each lane finishes one.
-        assert unit.chunks == 2
-        pair = min(2, columns)
-        odd = self.chunk_lane() == 1
-        own = self.chunk_lane() if pair == 2 else 0
-        with unrolled(columns // pair) as j, unrolled(groups) as i:
+        sums, left, column, group, has_result = self.add_lanes(acc, columns, groups, rows)
+        step, group_step = columns // left, groups * rows * left // sums.shape[0]
+        with unrolled(left) as j, unrolled(groups // group_step) as i:
             with unrolled(rows) as row:
-                at = (i * rows + row) * columns + j * pair
-                first, second = acc[at], acc[at + pair - 1]
-                kept, given = tirx.Select(odd, second, first), tirx.Select(odd, first, second)
-                T.buffer_store(values, kept + call("tdc_swap", given, returns="float32"), [row])
-            pixel = pixel_0 + (j * pair + own) * unit.pixels + self.pixel_lane()
-            visit(pixel, i, True if pair == 2 else odd)
+                T.buffer_store(values, sums[(i * rows + row) * left + j], [row])
+            visit(pixel_0 + (j * step + column) * unit.pixels + self.pixel_lane(), i * group_step + group, has_result)
+
+    def add_lanes(
+        self, sums: tirx.Buffer, columns: int, groups: int, rows: int
+    ) -> tuple[tirx.Buffer, int, ir.Expr | int, ir.Expr | int, ir.Expr | bool]:
+        """Add up the sums of the lanes that have a part of the depth each, of ``(groups, rows, columns)`` results.
+
+        In each step two lanes exchange halves: of the columns, else of the groups, else both get the same.
+
+        Returns
+        -------
+        tuple
+            What is left in this lane, of how many columns; its first column and group; whether no other lane has it.
+        """
+        column: ir.Expr | int = 0
+        group: ir.Expr | int = 0
+        has_result: ir.Expr | bool = True
+        column_step, group_step, mask = 1, 1, 1
+        while mask < self.unit.chunks:
+            odd = T.Bind(self.chunk_lane() // mask % 2)
+            # Values that are exchanged are so far apart.
+            apart = 1 if columns > 1 else rows if groups > 1 else 0
+            count = sums.shape[0] // (2 if apart else 1)
+            left = local(count)
+            with unrolled(count) as number:
+                at = number // max(1, apart) * (2 * apart) + number % apart if apart else number
+                first, second = sums[at], sums[at + apart]
+                kept, given = tirx.Select(odd == 1, second, first), tirx.Select(odd == 1, first, second)
+                T.buffer_store(left, kept + call("tdc_swap", given, mask, returns="float32"), [number])
+            if columns > 1:
+                column, column_step, columns = column + odd * column_step, column_step * 2, columns // 2
+            elif groups > 1:
+                group, group_step, groups = group + odd * group_step, group_step * 2, groups // 2
+            else:
+                has_result = all_of(has_result, odd == 0)
+            sums, mask = left, mask * 2
+        return sums, columns, column, group, has_result
 
     def share_sums(self, stage: int, split: ir.Expr, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Put sums over a part of the depth where `add_up` finds them."""

@@ -21,14 +21,14 @@ from tdc_tvm.schedules.cuda.arith import Number, round_up
 from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
-from tdc_tvm.schedules.cuda.plan import MAX_PIXELS, MAX_THREADS, Part
+from tdc_tvm.schedules.cuda.plan import MAX_CREWS, MAX_PIXELS, MAX_THREADS, Part
 from tdc_tvm.schedules.cuda.space import MAX_SLICES
 from tdc_tvm.schedules.cuda.work import UNITS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
-FIELDS = ("tile_h", "tile_w", "split", "deep", "warps", "group")
+FIELDS = ("tile_h", "tile_w", "split", "deep", "warps", "crews", "group")
 
 
 def stages_of(shape: ConvShape, strategy: str) -> tuple[Conv2dShape, ...]:
@@ -48,7 +48,15 @@ def allowed(shape: ConvShape, strategy: str) -> dict[str, Sequence[int]]:
     precision = stages_of(shape, strategy)[0].precision
     extents = range(1, MAX_PIXELS + 1)
     groups = [group for one, group in UNITS if one == precision]
-    values = (extents, extents, range(1, MAX_SLICES + 1), (0, 1), range(1, MAX_THREADS // WARP + 1), groups)
+    values = (
+        extents,
+        extents,
+        range(1, MAX_SLICES + 1),
+        (0, 1),
+        range(1, MAX_THREADS // WARP + 1),
+        range(1, MAX_CREWS + 1),
+        groups,
+    )
     kernels = {"two": 2, "three": 3}.get(strategy, 1)
     named: dict[str, Sequence[int]] = {
         f"{field}{number or ''}": one for number in range(kernels) for field, one in zip(FIELDS, values, strict=True)
@@ -81,7 +89,7 @@ def make_part(
     out_width: int | None = None,
 ) -> Part:
     """One kernel from values of `FIELDS`; widths in memory are the channels, unless they are given."""
-    tile_h, tile_w, split, deep, warps, group = values
+    tile_h, tile_w, split, deep, warps, crews, group = values
     return Part(
         stages,
         tile_h,
@@ -89,6 +97,7 @@ def make_part(
         split,
         deep,
         warps,
+        crews,
         group,
         device,
         in_width or stages[0].in_channels,
@@ -158,7 +167,7 @@ def _emit_kernel(chain: Chain, name: str) -> None:
         block = frames.enter_context(T.thread_binding(part.blocks, thread="blockIdx.x"))
         if part.is_cluster:
             frames.enter_context(T.thread_binding(part.split, thread="clusterCtaIdx.x"))
-        thread = frames.enter_context(T.thread_binding(part.threads, thread="threadIdx.x"))
+        thread = frames.enter_context(T.thread_binding(part.block_threads, thread="threadIdx.x"))
         # Else ptxas stops at 128 registers where more would fit.
         frames.enter_context(T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", min(2, part.resident)))
         frames.enter_context(T.sblock(name))

@@ -31,7 +31,12 @@ from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConv
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile, at least.
 _LEAST = 8
-_WARPS = {1: (4, 8, 16), 4: (4, 8)}
+# Warps of a crew, and crews, by what multiplies: on tensor cores several blocks on a processor do as well.
+_WARPS = {
+    "fma": ((4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 3)),
+    "mma": ((4, 1), (8, 1), (16, 1)),
+    "wgmma": ((4, 1), (8, 1)),
+}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
@@ -125,16 +130,17 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
     """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
     ways, latencies_us = [], []
-    for group, warps_of in _WARPS.items():
-        if (core.precision, group) not in UNITS or (group > 1 and device.compute_capability != 90):
+    for (precision, group), unit in UNITS.items():
+        if precision != core.precision or (unit.warps > 1 and device.compute_capability != 90):
             continue
-        shapes = tiles(core, _LEAST, MAX_PIXELS) if group == 1 else tiles_of_eights(core, MAX_PIXELS)
+        shapes = tiles(core, _LEAST, MAX_PIXELS) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS)
         if not shapes:
             continue
         sharing: np.ndarray = np.array(splits(stages, core))
-        numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), warps_of, [group], indexing="ij")
-        tile, share, *others = (axis.ravel() for axis in numbers)
-        grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *others])
+        warps = np.array([one for one in _WARPS[unit.name] if one[1] == 1 or device.compute_capability >= 90])
+        numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), range(len(warps)), [group], indexing="ij")
+        tile, share, block, groups = (axis.ravel() for axis in numbers)
+        grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, groups])
         part = chain_conv.make_part(stages, (*grid[:-1], group), device)
         fits = np.broadcast_to(part.fits, grid.shape[1])
         latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), grid.shape[1])[fits])

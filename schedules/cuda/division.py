@@ -60,9 +60,12 @@ class Division:
     deep : int or array
         1 if they divide the depth of a single stage, 0 if its channels.
     warps : int or array
-        Warps of a block.
+        Warps that compute a tile.
+    crews : int or array
+        So many times that many are a block: each has a tile, shared memory for it and barriers of its own, and
+        while some wait others multiply.  Weights in shared memory serve all.
     group : int
-        Warps that multiply together: 1, or 4 for ``wgmma``.
+        Which of the units of the precision multiplies: see `UNITS`.
     device : DeviceSpec
         The GPU.
     in_width, out_width : int
@@ -75,6 +78,7 @@ class Division:
     split: Number
     deep: Number
     warps: Number
+    crews: Number
     group: int
     device: DeviceSpec
     in_width: int
@@ -97,8 +101,13 @@ class Division:
 
     @property
     def threads(self) -> Number:
-        """Threads of a block."""
+        """Threads that compute a tile."""
         return WARP * self.warps
+
+    @property
+    def block_threads(self) -> Number:
+        """Threads of a block."""
+        return self.threads * self.crews
 
     @functools.cached_property
     def core_index(self) -> int:
@@ -252,6 +261,7 @@ class Division:
                 self.slice_channels(i),
                 self.depth_units(i),
                 self.warps,
+                self.crews,
                 self.unit,
                 self.window_rows(i),
                 self.tile_h,

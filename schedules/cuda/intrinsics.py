@@ -143,8 +143,8 @@ _BODIES = {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
 }""",
-    "tdc_swap": """float tdc_swap(float value) {
-  return __shfl_xor_sync(0xffffffffu, value, 1);
+    "tdc_swap": """float tdc_swap(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
 }""",
     # The same in all lanes of a warp, for the compiler to know it.
     "tdc_uniform": """int tdc_uniform(int value) {
@@ -216,6 +216,10 @@ _BODIES = {
     __threadfence();
   }
   __syncthreads();
+}""",
+    # Some warps of a block, which have a barrier of their own.
+    "tdc_meet": """void tdc_meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }""",
     "tdc_launch_dependents": """void tdc_launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -120,8 +120,9 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     c = given or constants()[part.precision]
     device, unit = part.device, part.unit
     per_core = ceil_div(part.blocks, device.core_count)
-    together = smaller(per_core, part.resident)
     waves = ceil_div(per_core, part.resident)
+    # Crews are like blocks that have their weights in common.
+    blocks, together = part.blocks * part.crews, smaller(per_core, part.resident) * part.crews
     turns = part.rounds * waves
     cycle_us = 1e6 / device.clock_hz
 
@@ -132,7 +133,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
 
     def transfer(bytes_of_block: Number, sharing: float = 1.0) -> Number:
         """Cycles until co-resident blocks on all processors have read that much from the L2 cache."""
-        at_once = smaller(part.blocks, together * device.core_count)
+        at_once = smaller(blocks, together * device.core_count)
         return larger(together * bytes_of_block / core_rate, at_once * bytes_of_block / (sharing * chip_rate))
 
     # Of a processor: a vector from shared memory to each lane of a warp, and a unit's products of a row and a column.
@@ -161,7 +162,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us + np.where(is_hidden, 0.0, c.late_us) + (0.0 if is_one else c.change_us),
-        "weights": waited * transfer(first, c.sharing) * cycle_us,
+        "weights": waited * transfer(first / part.crews, c.sharing) * cycle_us,
         "input": 0.0,
     }
     needed: Number = 0
@@ -200,7 +201,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     meanwhile_us = (stages_us - (parts["stage0"] if part.core_index else 0.0)) / turns
     following = np.where(part.fetches_ahead, larger(0.0, input_us - meanwhile_us), input_us)
     parts["input"] = input_us + (turns - 1) * following
-    rest = waited * transfer(early - first, c.sharing) + turns * transfer(later, c.sharing)
+    rest = waited * transfer((early - first) / part.crews, c.sharing) + turns * transfer(later, c.sharing)
     ring = c.ring_cycles * turns * chunks_before / larger(1, place.slots - SLOTS_IN_USE)
     parts["weights"] = parts["weights"] + _both(larger(rest, ring) * cycle_us, stages_us, 3) - stages_us
     sent = 4 * (part.split - 1) * part.group_words / 128
@@ -215,7 +216,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     parts["output"] = turns * c.storing * transfer(outputs) * cycle_us
     # Blocks on one processor fill each other's gaps, until their instructions, products and loads fill it.
     alone_us = stages_us + parts["input"] + parts["handover"] + parts["output"]
-    tiles = larger(turns, ceil_div(part.tile_count * part.split, device.core_count))
+    tiles = larger(turns, ceil_div(ceil_div(part.tile_count, part.crews) * part.split, device.core_count) * part.crews)
     own_us, needed_us = needed * cycle_us, tiles / turns * needed * cycle_us
     parts["contention"] = own_us + _both(needed_us - own_us, alone_us - own_us) - alone_us
     latency_us = sum(parts.values())

@@ -40,14 +40,14 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
             matrix = rows.transpose(0, 2, 3, 1, 4)
         padded[rank, : part_of.shape[0], : taps * channels] = matrix.reshape(-1, taps * channels)
     # channel = (tile, rows by vectors, lane, rows of a vector), depth = (unit, chunk, vector)
-    rows = min(work.rows, unit.vector)
-    split = padded.reshape(blocks, tiles, -1, unit.row_lanes, rows, steps, unit.chunks, unit.vector)
+    together = min(work.rows, unit.vector)
+    split = padded.reshape(blocks, tiles, -1, unit.row_lanes, together, steps, unit.chunks, unit.vector)
     packed = split.transpose(0, 1, 5, 2, 4, 3, 6, 7).reshape(
         blocks, tiles, steps, work.rows, unit.weight_lanes, unit.vector
     )
     if unit.name == "wgmma":
         # (tile, vector of depth, channel, vector); of every eight columns each of four lanes has the results of two.
-        ordered = split.reshape(*split.shape[:4], rows // 2, 2, *split.shape[5:])
+        ordered = split.reshape(*split.shape[:4], together // 2, 2, *split.shape[5:])
         packed = ordered.transpose(0, 1, 6, 7, 2, 4, 3, 5, 8)
     if unit.name == "mma":
         # Two rows of vectors become two fragments of A, each what an mma wants in neighbouring registers:

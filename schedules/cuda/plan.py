@@ -18,6 +18,8 @@ from tdc_tvm.schedules.cuda.work import REGISTERS, registers_of
 from tdc_tvm.schedules.shape import MAX_ELEMENTS
 
 MAX_THREADS = 1024
+# Crews of a block: what is tried and tested.
+MAX_CREWS = 4
 # Pixels of a tile, of those that are tried and tested.
 MAX_PIXELS = 256
 # Blocks of a cluster; more than 8 are not portable, but H100 allows them (CUDA C++ Programming Guide, clusters).
@@ -145,9 +147,10 @@ class Part(Division):
         smem_bytes = 4 * (self.other_words + input_words) + 16 * sum(
             map(self.resident_vectors, range(len(self.stages)))
         )
-        has_several = self.tile_count * self.split > self.device.core_count
+        smem_bytes = smem_bytes + (self.crews - 1) * self.crew_bytes(input_words)
+        has_several = self.tile_count * self.split > self.crews * self.device.core_count
         is_alone = (self._resident_of(smem_bytes) == 1) & self.is_staged
-        fits = smem_bytes + 4 * input_words <= self.device.smem_per_block_optin_bytes
+        fits = smem_bytes + 4 * self.crews * input_words <= self.device.smem_per_block_optin_bytes
         return 1 + (has_several & is_alone & fits)
 
     @property
@@ -207,7 +210,8 @@ class Part(Division):
             return slots, slot, slots * (slot + self.has_bulk_copies)
 
         ring = ring_of(_CHUNK_BYTES)
-        room = self.device.smem_per_block_optin_bytes // 16 - self.fixed_words // 4
+        fixed_bytes = 4 * self.fixed_words + (self.crews - 1) * self.crew_bytes(self.input_words(0))
+        room = (self.device.smem_per_block_optin_bytes - fixed_bytes) // 16
         half = room - (self.device.smem_per_block_optin_bytes + 1024) // 32
         is_short = (self.tile_count * self.split <= self.device.core_count) & (self.most_resident > 1)
         halved = is_short & (smaller(sum(sizes), ring[-1] + others) <= half)
@@ -273,7 +277,12 @@ class Part(Division):
         """Shared memory of a block."""
         place = self.placement
         weights = sum(self.resident_vectors(i) * resident for i, resident in enumerate(place.resident))
-        return 4 * self.fixed_words + 16 * (weights + place.slots * (place.slot_vectors + self.has_bulk_copies))
+        of_crews = 4 * self.fixed_words + (self.crews - 1) * self.crew_bytes(self.input_words(0))
+        return of_crews + 16 * (weights + place.slots * (place.slot_vectors + self.has_bulk_copies))
+
+    def crew_bytes(self, input_words: Number) -> Number:
+        """Shared memory of each crew but the first, given what the kernel's input takes."""
+        return 4 * round_up(self.other_words + input_words, BANKS)
 
     @property
     def overlaps(self) -> Number:
@@ -295,7 +304,8 @@ class Part(Division):
         registers: Number = 0
         for i, work in enumerate(self.works):
             registers = larger(registers, registers_of(work, self.unit, self.rows_kept(i)))
-        return larger(1, smaller(REGISTERS // (registers * self.threads), 2 * MAX_THREADS // self.threads))
+        threads = self.block_threads
+        return larger(1, smaller(REGISTERS // (registers * threads), 2 * MAX_THREADS // threads))
 
     @functools.cached_property
     def blocks(self) -> Number:
@@ -311,27 +321,43 @@ class Part(Division):
             most = table[smaller(resident, len(table)) - 1, smaller(self.split, MAX_CLUSTER) - 1]
             most = smaller(clusters, most if most.shape else int(most))
             clusters = clusters - self.is_cluster * (clusters - most)
-        fewest = ceil_div(self.tile_count, ceil_div(self.tile_count, clusters))
-        return self.split * (fewest + (resident > 1) * (smaller(self.tile_count, clusters) - fewest))
+        tiles = ceil_div(self.tile_count, self.crews)
+        fewest = ceil_div(tiles, ceil_div(tiles, clusters))
+        return self.split * (fewest + (resident > 1) * (smaller(tiles, clusters) - fewest))
 
     @property
     def rounds(self) -> Number:
-        """Tiles that a block computes one after the other."""
-        return ceil_div(self.tile_count, self.blocks // self.split)
+        """Tiles that a crew computes one after the other."""
+        return ceil_div(self.tile_count, self.tiles_at_once)
+
+    @property
+    def tiles_at_once(self) -> Number:
+        """Tiles that all blocks compute at the same time."""
+        return self.blocks // self.split * self.crews
+
+    @property
+    def has_crews(self) -> Number:
+        """Whether several crews can be: no ring of weights, at which all warps meet, and no cluster."""
+        one = (self.is_cluster == 0) & self.has_bulk_copies
+        for i in range(len(self.stages)):
+            one = one & (self.placement.ring[i] == 0)
+        return one
 
     @property
     def fits(self) -> Number:
         """Whether the kernel, or each of them, can run."""
         device = self.device
         least = smaller(smaller(self.tile_h, self.tile_w), smaller(self.split, self.warps))
-        fits = (least >= 1) & (self.threads <= MAX_THREADS) & (self.smem_bytes <= device.smem_per_block_optin_bytes)
+        fits = (
+            (least >= 1) & (self.block_threads <= MAX_THREADS) & (self.smem_bytes <= device.smem_per_block_optin_bytes)
+        )
         most = MAX_CLUSTER if device.compute_capability >= 90 else 1
-        fits = fits & ((self.split <= most) | (self.is_cluster == 0))
+        fits = fits & ((self.split <= most) | (self.is_cluster == 0)) & ((self.crews == 1) | self.has_crews)
         if self.unit.name == "wgmma":
             fits = fits & self.has_rows_of_eight & self.is_staged
             for i in range(len(self.stages)):
                 fits = fits & self.is_held(i)
-            fits = fits & (self.warps % self.group == 0) & (device.compute_capability == 90)
+            fits = fits & (self.warps % self.unit.warps == 0) & (device.compute_capability == 90)
         return fits
 
     @property
@@ -352,12 +378,19 @@ class Part(Division):
             return f"needs clusters of {self.split} blocks; {name} is sm_{compute}, clusters begin with sm_90"
         if self.is_cluster and self.split > MAX_CLUSTER:
             return f"needs clusters of {self.split} blocks, {name} has at most {MAX_CLUSTER}"
-        if self.group > 1 and (compute != 90 or self.warps % self.group):
-            return f"needs groups of {self.group} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
-        if self.group > 1 and not self.has_rows_of_eight:
-            return f"needs tiles 8 wide for groups of {self.group} warps; has tiles {self.tile_w} wide"
-        if self.group > 1 and not (self.is_staged and all(map(self.is_held, range(len(self.stages))))):
+        together = self.unit.warps
+        if together > 1 and (compute != 90 or self.warps % together):
+            return f"needs groups of {together} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
+        if together > 1 and not self.has_rows_of_eight:
+            return f"needs tiles 8 wide for groups of {together} warps; has tiles {self.tile_w} wide"
+        if together > 1 and not (self.is_staged and all(map(self.is_held, range(len(self.stages))))):
             return "needs more shared memory than there is: groups of warps read input and weights from nowhere else"
+        if self.block_threads > MAX_THREADS:
+            return (
+                f"needs {self.crews} crews of {self.warps} warps, {self.block_threads} threads; at most {MAX_THREADS}"
+            )
+        if self.crews > 1 and not self.has_crews:
+            return f"has {self.crews} crews, which share neither a cluster nor a ring of weights, and begin with sm_90"
         if self.smem_bytes > self.device.smem_per_block_optin_bytes:
             has = self.device.smem_per_block_optin_bytes / 1024
             return f"needs {self.smem_bytes / 1024:.0f} KB of shared memory, {name} has {has:.0f} KB"

@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.block import Block, local, when
-from tdc_tvm.schedules.cuda.intrinsics import address, barrier, run
+from tdc_tvm.schedules.cuda.intrinsics import address, run
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
 from tdc_tvm.schedules.cuda.work import WARP
 
@@ -186,7 +186,7 @@ class Cursor:
         if self.in_ring:
             if not part.has_bulk_copies:
                 run(f"tdc_await{self.slots - SLOTS_IN_USE - 1}")
-            barrier()
+            self.stream.block.meet()
             following = T.Bind(self.number[0] + (self.slots - SLOTS_IN_USE))
             is_one = following < part.rounds * stream.ring_chunks
             if part.has_bulk_copies:

@@ -72,9 +72,11 @@ class Unit:
         return 4 * self.chunks
 
 
-# By precision, and by the warps that multiply together.
+# By precision and group: on tensor cores the warps that multiply together, on CUDA cores how many times two lanes share
+# a sum.  More of them compute more results each of a small tile, for which shared memory has less to deliver.
 UNITS = {
     ("fp32", 1): Unit("fma", "float32", 4, 2, 4, 4),
+    ("fp32", 4): Unit("fma", "float32", 4, 8, 2, 2),
     ("tf32", 1): Unit("mma", "float32", 4, 4, 8, 8),
     ("fp16", 1): Unit("mma", "float16", 8, 4, 8, 8),
     ("bf16", 1): Unit("mma", "bfloat16", 8, 4, 8, 8),
@@ -126,6 +128,7 @@ def choose_work(
     channels: Number,
     units: Number,
     warps: Number,
+    crews: Number,
     unit: Unit,
     window_rows: Number = 1,
     tile_h: Number = 1,
@@ -136,15 +139,16 @@ def choose_work(
     ----------
     pixels, channels, units : int or array
         Extents of the product; the depth in units.
-    warps : int or array
-        Warps of the block.
+    warps, crews : int or array
+        Warps that share the stage; so many times that many are a block.
     unit : Unit
         What multiplies.
     window_rows, tile_h : int or array
         Rows of the window that lanes can keep, where the rows of the tile allow it.
     """
     options = work_options(unit.name)
-    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, window_rows, tile_h * (window_rows > 1)))
+    kept_of = tile_h * (window_rows > 1)
+    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, crews, window_rows, kept_of))
     # Many tiles ask for the same.
     numbers = np.zeros(given.shape[1:], np.int64)
     for values in given:
@@ -152,11 +156,11 @@ def choose_work(
     _, first, places = np.unique(numbers, return_index=True, return_inverse=True)
     given = given.reshape(len(given), -1)[:, first, None]
     work, kept = Work(*options), 1
-    if np.any(given[4] > 1):
-        kept = rows_kept(work, given[4], given[5]).astype(np.float32)
+    if np.any(given[5] > 1):
+        kept = rows_kept(work, given[5], given[6]).astype(np.float32)
     # Single precision is exact enough, and twice as fast.
     work = Work(*options.astype(np.float32))
-    pixels_, channels_, units_, warps_ = given[:4].astype(np.float32)
+    pixels_, channels_, units_, warps_, crews_ = given[:5].astype(np.float32)
     teams = warps_ / unit.warps
     groups = np.floor(teams / work.splits)
     allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
@@ -165,7 +169,7 @@ def choose_work(
     else:
         allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
         allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
-    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_)))
+    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_ * crews_)))
     cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
     best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
     chosen = options[:, best[places.reshape(numbers.shape)]]

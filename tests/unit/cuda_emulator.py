@@ -42,6 +42,7 @@ FAULTS = (
 PRELUDE = """
 #define TDC_EMULATED
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -84,6 +85,7 @@ struct Fiber {
   std::vector<char> stack;
   State state;
   int block, thread, phase;
+  int barrier, expected;  // at which of a block's barriers, and for how many threads, it waits
   std::deque<std::vector<Copy>> groups;  // committed copies, by group
   std::vector<Copy> copies;
   std::vector<size_t> products;  // of four warps, begun before each commit
@@ -138,7 +140,12 @@ static void maybe_stop(unsigned n) {
   ++progress;
   wait_as(READY);
 }
-static void __syncthreads() { wait_as(AT_BARRIER); }
+static void tdc_meet(int number, int threads) {
+  self->barrier = number;
+  self->expected = threads;
+  wait_as(AT_BARRIER);
+}
+static void __syncthreads() { tdc_meet(0, threads_of_block); }
 static void enter() {
   body(arguments);
   self->state = DONE;
@@ -216,12 +223,12 @@ template <class F> static void with_warp(F last) {
   }
 }
 static void __syncwarp() { with_warp([] {}); }
-static float tdc_swap(float value) {
+static float tdc_swap(float value, int mask) {
   Warp& warp = warp_of_self();
   int lane = self->thread % 32;
   warp.values[lane] = value;
   __syncwarp();
-  value = warp.values[lane ^ 1];
+  value = warp.values[lane ^ mask];
   __syncwarp();
   return value;
 }
@@ -440,8 +447,13 @@ static int run_cluster(int first_block, int blocks) {
       auto all = [&](State state) {
         return std::all_of(first, first + threads_of_block, [=](const Fiber& fiber) { return fiber.state == state; });
       };
-      if (all(AT_BARRIER)) {
-        for (int thread = 0; thread < threads_of_block; ++thread) first[thread].state = READY;
+      std::array<int, 16> arrived = {};
+      for (int thread = 0; thread < threads_of_block; ++thread)
+        if (first[thread].state == AT_BARRIER) ++arrived[first[thread].barrier];
+      for (int thread = 0; thread < threads_of_block; ++thread) {
+        Fiber& fiber = first[thread];
+        if (fiber.state != AT_BARRIER || arrived[fiber.barrier] != fiber.expected) continue;
+        fiber.state = READY;
         ++progress;
       }
       if (ended[block] || !all(DONE)) continue;

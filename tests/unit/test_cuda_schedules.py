@@ -144,11 +144,11 @@ def test_padding_is_zero_after_the_first_bias(tmp_path):
 
 
 def config_of(strategy, *parts, **more):
-    """A configuration from (tile_h, tile_w, split, warps[, group = 1[, deep = 0]]) of each kernel."""
+    """A configuration from (tile_h, tile_w, split, warps[, group = 1[, deep = 0[, crews = 1]]]) of each kernel."""
     values = []
     for number, part in enumerate(parts):
-        tile_h, tile_w, split, warps, group, deep = (*part, *(1, 0)[len(part) - 4 :])
-        given = (tile_h, tile_w, split, deep, warps, group)
+        tile_h, tile_w, split, warps, group, deep, crews = (*part, *(1, 0, 1)[len(part) - 4 :])
+        given = (tile_h, tile_w, split, deep, warps, crews, group)
         values += [(f"{field}{number or ''}", value) for field, value in zip(FIELDS, given, strict=True)]
     return KernelConfig(strategy, (*values, *more.items()))
 
@@ -230,6 +230,59 @@ def test_blocks_can_compute_several_tiles(tmp_path):
     assert any(part.tile_count % (part.blocks // part.split) for part in parts)
     assert {part.buffers for part in parts} == {1, 2}
     assert {part.fetches_ahead for part in parts} == {False, True}
+    assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_crews_have_tiles_of_their_own(tmp_path, precision):
+    """Some without a tile in the end, with input fetched ahead into one place or two."""
+    small = replace(H100, core_count=1)
+    dense = Conv2dShape(3, 9, 17, 40, 24, (3, 3), padding=SAME, precision=precision)
+    case = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(True, 0.0), (True, True, True))
+    conv_case = gpu_check.Case(dense, Epilogue(), (True,))
+    runs = [
+        (case, config_of("tile", (4, 4, 1, 2, 1, 0, 3)), small),
+        (case, config_of("tile", (4, 4, 1, 4, 1, 0, 2)), replace(small, smem_per_block_optin_bytes=64 * 1024)),
+        (case, config_of("two", (4, 4, 2, 2, 1, 0, 2), (3, 8, 1, 4, 1, 0, 3), cut=1), small),
+        (conv_case, config_of("conv", (4, 4, 1, 4, 1, 0, 2)), small),
+        (conv_case, config_of("conv", (4, 4, 1, 4, 1, 0, 4)), H100),
+    ]
+    if precision != "fp32":
+        runs.append((case, config_of("tile", (8, 8, 1, 4, 4, 0, 2)), small))
+        runs.append((conv_case, config_of("conv", (7, 8, 1, 4, 4, 0, 3)), small))
+    parts = [part for case, config, device in runs for part in parts_of(case.shape, config, device)]
+    assert all(part.fits for part in parts)
+    assert {part.buffers for part in parts} == {1, 2}
+    assert any(part.tile_count % part.tiles_at_once for part in parts)
+    assert max(part.rounds for part in parts) > 1
+    assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_eight_lanes_can_share_a_sum(tmp_path, stride):
+    """Of tiles of all kinds: with columns and rows to divide among them, and with too few."""
+    shape = TuckerConvShape(Conv2dShape(2, 9, 17, 40, 24, (3, 3), stride=(stride, 1), padding=SAME), 33, 17)
+    case = gpu_check.Case(shape, Epilogue(True, 0.0), (True, True, True))
+    conv_case = gpu_check.Case(replace(shape.dense, in_channels=3), Epilogue(), (True,))
+    runs = [
+        (one, config_of(strategy, *parts, **more), H100)
+        for one, strategy, parts, more in (
+            (case, "tile", [(4, 4, 1, 4, 4)], {}),
+            (case, "tile", [(8, 8, 1, 2, 4, 0, 2)], {}),
+            (case, "cluster", [(2, 8, 2, 4, 4)], {}),
+            (case, "two", [(1, 2, 1, 8, 4), (2, 2, 2, 1, 4)], {"cut": 1}),
+            (conv_case, "conv", [(1, 1, 3, 4, 4)], {}),
+            (conv_case, "conv", [(16, 8, 1, 4, 4)], {}),
+        )
+    ]
+    works = {
+        (work.rows, work.columns)
+        for case, config, device in runs
+        for part in parts_of(case.shape, config, device)
+        for work in part.works
+    }
+    assert len(works) > 4
+    assert any(columns == 1 for _, columns in works)
     assert not emulate(tmp_path, runs)
 
 

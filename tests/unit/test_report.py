@@ -43,7 +43,7 @@ def shown(report, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [40, 80, 120, 160])
+@pytest.mark.parametrize("width", [40, 80, 120, 170])
 def test_the_table_says_everything_that_matters(width):
     text = shown(REPORT, width)
     assert max(len(line) for line in text.splitlines()) <= width
@@ -57,20 +57,20 @@ def test_the_table_says_everything_that_matters(width):
 
 
 def test_wide_terminals_show_the_schedule_and_names_are_no_markup():
-    text = shown(REPORT, 160)
+    text = shown(REPORT, 170)
     for part in ("layer1.[main].conv", "strip=3", "direct", "1.2", "4, 5"):
         assert part in text
-    assert str(REPORT) == shown(REPORT, 160)
+    assert str(REPORT) == shown(REPORT, 170)
 
 
-@pytest.mark.parametrize("width", [80, 120, 160])
+@pytest.mark.parametrize("width", [80, 120, 170])
 def test_a_layer_is_one_line_of_the_table(width):
-    config = "tile_h=16 tile_w=16 split=16 deep=0 warps=16 group=1"
+    config = "tile_h=16 tile_w=16 split=16 deep=0 warps=16 crews=1 group=1"
     layer = replace(FUSED, name="layer1.conv1", shape="1x14x14x128 -> 256, 3x3/2", config=config)
     report = replace(REPORT, layers=(layer, layer))
     rows = [line for line in shown(report, width).splitlines() if line.startswith("│")]
     assert len(rows) == 2
-    assert all((config in row) == (width == 160) for row in rows)
+    assert all((config in row) == (width == 170) for row in rows)
 
 
 def test_predictions_name_the_schedule_and_have_no_negative_zero():

@@ -133,7 +133,7 @@ def test_a_layer_whose_merged_weights_are_too_many_is_not_merged():
 
 def config_with(strategy, drop=(), **changes):
     """A configuration of a CUDA strategy that runs, changed."""
-    fields = {"tile_h": 4, "tile_w": 4, "split": 1, "deep": 0, "warps": 4, "group": 1}
+    fields = {"tile_h": 4, "tile_w": 4, "split": 1, "deep": 0, "warps": 4, "crews": 1, "group": 1}
     if strategy == "direct":
         fields = {"threads": 64, "lanes": 32, "pixels": 1, "columns": 1, "splits": 1}
     if strategy == "two":
@@ -152,7 +152,7 @@ def config_with(strategy, drop=(), **changes):
         (
             DENSE,
             config_with("conv", drop=("warps",)),
-            "deep, group; expected tile_h, tile_w, split, deep, warps, group",
+            "deep, crews, group; expected tile_h, tile_w, split, deep, warps, crews, group",
         ),
         (DENSE, config_with("conv", fast=1), "group, fast; expected tile_h"),
         (DENSE, KernelConfig("conv", (*config_with("conv").parameters, ("warps", 8))), "group, warps; expected tile_h"),
@@ -161,12 +161,17 @@ def config_with(strategy, drop=(), **changes):
         (TUCKER, config_with("two", cut=3), "has cut=3; expected 1 or 2"),
         (TUCKER, config_with("two", cut=-1), "has cut=-1; expected 1 or 2"),
         (TUCKER, config_with("tile", deep=1), "divides the depth of a single stage (deep=1), and has 3 stages"),
-        (TUCKER, config_with("tile", tile_w=8, group=4), "has group=4; expected 1"),
+        (TUCKER, config_with("tile", group=4), ""),
+        (TUCKER, config_with("tile", group=2), "has group=2; expected 1 or 4"),
         (replace(DENSE, precision="fp16"), config_with("conv", tile_w=8, group=2), "has group=2; expected 1 or 4"),
         (DENSE, config_with("conv", tile_h=224, tile_w=224), "tiles of 224x224 = 50176 pixels; at most 256"),
         (DENSE, config_with("conv", split=1000), "has split=1000; expected an int from 1 to 32"),
         (DENSE, config_with("conv", deep=9), "has deep=9; expected 0 or 1"),
         (DENSE, config_with("conv", tile_h=4.0), "has tile_h=4.0; expected an int from 1 to 256"),
+        (DENSE, config_with("conv", crews=2), ""),
+        (DENSE, config_with("conv", crews=5), "has crews=5; expected an int from 1 to 4"),
+        (DENSE, config_with("conv", warps=16, crews=3), "needs 3 crews of 16 warps, 1536 threads; at most 1024"),
+        (TUCKER, config_with("cluster", split=2, crews=2), "has 2 crews, which share neither a cluster nor a ring"),
         (DENSE, config_with("conv", warps="4"), "has warps='4'; expected an int from 1 to 32"),
         (GROUPED, config_with("direct", drop=("lanes",)), "splits; expected threads, lanes"),
         (
