@@ -32,11 +32,8 @@ STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile, at least.
 _LEAST = 8
 # Warps of a crew, and crews, by what multiplies: on tensor cores several blocks on a processor do as well.
-_WARPS = {
-    "fma": ((4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 3)),
-    "mma": ((4, 1), (8, 1), (16, 1)),
-    "wgmma": ((4, 1), (8, 1)),
-}
+_WARPS = {"fma": ((4, 1), (8, 1), (16, 1)), "mma": ((4, 1), (8, 1), (16, 1)), "wgmma": ((4, 1), (8, 1))}
+_FMA_CREWS = ((8, 1), (16, 1), (4, 2), (4, 3))
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
@@ -137,7 +134,8 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
         if not shapes:
             continue
         sharing: np.ndarray = np.array(splits(stages, core))
-        warps = np.array([one for one in _WARPS[unit.name] if one[1] == 1 or device.compute_capability >= 90])
+        has_crews = unit.name == "fma" and device.compute_capability >= 90
+        warps = np.array(_FMA_CREWS if has_crews else _WARPS[unit.name])
         numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), range(len(warps)), [group], indexing="ij")
         tile, share, block, groups = (axis.ravel() for axis in numbers)
         grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, groups])

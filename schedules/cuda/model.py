@@ -12,7 +12,7 @@ import numpy as np
 
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, smaller
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE, Part
-from tdc_tvm.schedules.cuda.work import WARP, wgmma_cycles
+from tdc_tvm.schedules.cuda.work import WARP, sums_swapped, wgmma_cycles
 from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
@@ -52,8 +52,9 @@ class Constants:
         What a chunk that goes through the ring takes besides: all warps meet.
     ring_cycles : float
         Until a chunk that the ring has room for is there.
-    stage_cycles, meet_cycles, item_cycles : float
-        What a stage takes besides, once and for each warp that the others wait for, and a warp's tile of it.
+    stage_cycles, meet_cycles, item_cycles, swap_cycles : float
+        What a stage takes besides, once and for each warp that the others wait for, a warp's tile of it, and a sum that
+        a lane gets from another.
     handover_cycles, send_cycles : float
         Between the blocks of a cluster: once, and for 128 bytes that a block is sent.
     merge_cycles, sum_cycles : float
@@ -81,6 +82,7 @@ class Constants:
     stage_cycles: float
     meet_cycles: float
     item_cycles: float
+    swap_cycles: float
     handover_cycles: float
     send_cycles: float
     merge_cycles: float
@@ -186,7 +188,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
             busy = larger(share * items * work.splits * loads * load_cycles, active * own)
             wait_cycles = np.where(part.rows_kept(i) > 1, c.kept_wait_cycles, c.wait_cycles)
             unit_cycles = wait_cycles + loads * c.load_cycles + products * c.issue_cycles
-            waited_for = turns_of_work * (share * unit_cycles + c.item_cycles)
+            tile_cycles = c.item_cycles + sums_swapped(work, unit) * c.swap_cycles
+            waited_for = turns_of_work * (share * unit_cycles + tile_cycles)
         waited_for = waited_for + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)

@@ -229,12 +229,15 @@ class Part(Division):
 
         has_ring, resident = resident_beside(ring[-1])
         # Warps meet less often before larger chunks, where these take nothing else's place.
-        larger_ring = ring_of(2 * _CHUNK_BYTES)
-        has_larger, beside_larger = resident_beside(larger_ring[-1])
-        is_large = has_larger & (halved == 0)
-        for one, other in zip(resident, beside_larger, strict=True):
-            is_large = is_large & (one == other)
-        slots, slot, _ = (a + is_large * (b - a) for a, b in zip(ring, larger_ring, strict=True))
+        is_large: Number = False
+        if np.any(has_ring):
+            larger_ring = ring_of(2 * _CHUNK_BYTES)
+            has_larger, beside_larger = resident_beside(larger_ring[-1])
+            is_large = has_larger & (halved == 0)
+            for one, other in zip(resident, beside_larger, strict=True):
+                is_large = is_large & (one == other)
+            ring = tuple(a + is_large * (b - a) for a, b in zip(ring, larger_ring, strict=True))
+        slots, slot, _ = ring
         in_ring = [has_ring & one & (own == 0) for one, own in zip(once, resident, strict=True)]
         return Placement(
             tuple(resident), tuple(in_ring), (sum(in_ring) > 0) * slots, slot, _CHUNK_BYTES * (1 + is_large)

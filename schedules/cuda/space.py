@@ -78,6 +78,6 @@ def _distinct(core: Conv2dShape, found: list[tuple[int, int]]) -> list[tuple[int
         rows, columns = tile
         return ceil_div(core.out_height, rows) * ceil_div(core.out_width, columns), rows
 
-    for rows, columns in found:
-        best[rows * columns] = min(best.get(rows * columns, (rows, columns)), (rows, columns), key=order)
+    for rows, columns in sorted(found, key=order):
+        best.setdefault(rows * columns, (rows, columns))
     return list(best.values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up
+from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, round_up, smaller
 
 WARP = 32
 # Of a processor, and so of a block, the same from sm_75 on.
@@ -103,19 +103,12 @@ class Work:
 
 
 @functools.cache
-def work_options(name: str) -> np.ndarray:
-    """Ways to share a stage, ``(rows, columns, splits)``, as columns of a table."""
+def work_options(name: str) -> tuple[np.ndarray, ...]:
+    """Values of ``rows``, ``columns`` and ``splits`` to choose from, along an axis each before that of who asks."""
     if name == "wgmma":
         # One tile keeps shared memory or the tensor cores busy: parts of the depth gain nothing.
-        return np.array([(rows, 1, 1) for rows in WGMMA_ROWS]).T
-    options = [
-        (rows, columns, splits)
-        for splits in (1, 2, 4, 8, 16)
-        for rows in (2, 4, 8)
-        for columns in (1, 2, 4, 8)
-        if rows * columns <= (64 if name == "fma" else 32)
-    ]
-    return np.array(options).T
+        return np.ix_(WGMMA_ROWS, (1,), (1,), (0,))[:3]
+    return np.ix_((2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), (0,))[:3]
 
 
 def rows_kept(work: Work, window_rows: Number, tile_h: Number) -> Number:
@@ -146,34 +139,36 @@ def choose_work(
     window_rows, tile_h : int or array
         Rows of the window that lanes can keep, where the rows of the tile allow it.
     """
-    options = work_options(unit.name)
-    kept_of = tile_h * (window_rows > 1)
-    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, crews, window_rows, kept_of))
+    rows, columns, splits = work_options(unit.name)
+    limit = smaller(255, REGISTERS // (WARP * warps * crews))
+    # A tile's rows matter by what divides them.
+    whole = np.gcd(tile_h, columns.max()) * (window_rows > 1)
+    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, limit, window_rows, whole))
     # Many tiles ask for the same.
     numbers = np.zeros(given.shape[1:], np.int64)
     for values in given:
         numbers = numbers * (values.max() + 1) + values
     _, first, places = np.unique(numbers, return_index=True, return_inverse=True)
-    given = given.reshape(len(given), -1)[:, first, None]
-    work, kept = Work(*options), 1
-    if np.any(given[5] > 1):
-        kept = rows_kept(work, given[5], given[6]).astype(np.float32)
+    given = given.reshape(len(given), -1)[:, first]
+    kept = rows_kept(Work(rows, columns, splits), given[5], given[6])
     # Single precision is exact enough, and twice as fast.
-    work = Work(*options.astype(np.float32))
-    pixels_, channels_, units_, warps_, crews_ = given[:5].astype(np.float32)
+    work = Work(*(values.astype(np.float32) for values in (rows, columns, splits)))
+    kept = kept.astype(np.float32)
+    pixels_, channels_, units_, warps_, limit_ = given[:5].astype(np.float32)
     teams = warps_ / unit.warps
     groups = np.floor(teams / work.splits)
     allowed = (groups * work.splits == teams) & ((work.splits == 1) | (work.splits * kept <= units_))
     if unit.name == "wgmma":
-        allowed &= (work.rows == WGMMA_ROWS[0]) | (unit.row_lanes * (work.rows - WGMMA_ROWS[0]) < channels_)
+        allowed = allowed & ((work.rows == WGMMA_ROWS[0]) | (unit.row_lanes * (work.rows - WGMMA_ROWS[0]) < channels_))
     else:
-        allowed &= (work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_)
-        allowed &= (work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_)
-    allowed &= registers_of(work, unit, kept) <= np.minimum(255, np.floor(REGISTERS / (WARP * warps_ * crews_)))
+        allowed = allowed & ((work.rows == 2) | (unit.row_lanes / 2 * work.rows < channels_))
+        allowed = allowed & ((work.columns == 1) | (unit.pixels / 2 * work.columns < pixels_))
+        allowed = allowed & (work.rows * work.columns <= (64 if unit.name == "fma" else 32))
+    allowed = allowed & (registers_of(work, unit, kept) <= limit_)
     cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
-    best = np.where(allowed, cycles, np.inf).argmin(axis=-1)
-    chosen = options[:, best[places.reshape(numbers.shape)]]
-    return Work(*chosen) if chosen.ndim > 1 else Work(*map(int, chosen))
+    best = np.where(allowed, cycles, np.inf).reshape(-1, len(first)).argmin(axis=0)[places.reshape(numbers.shape)]
+    chosen = np.stack(np.broadcast_arrays(rows, columns, splits)).reshape(3, -1)[:, best]
+    return Work(*chosen) if numbers.shape else Work(*map(int, chosen))
 
 
 def registers_of(work: Work, unit: Unit, kept: Number) -> Number:
@@ -205,10 +200,15 @@ def stage_cycles(
         issue, latency = 4.4 * rows * columns, 40 + 8.0 * rows * columns
     busy = items * splits * share * larger(loads, (issue + 45) / 4)
     results = columns * (2 if unit.name == "mma" else 1) * larger(1, rows * unit.element_bytes / 16)
-    alone = rounds * (share * latency + 100 + results * 5)
+    alone = rounds * (share * latency + 100 + results * 5 + 4 * sums_swapped(work, unit))
     # The parts of a depth are written, read and added up by all threads.
     merge = (splits > 1) * (150 + 4 * splits * pixels * channels / 32)
     return larger(busy, alone) + merge
+
+
+def sums_swapped(work: Work, unit: Unit) -> Number:
+    """Sums that a lane gets from others that have a part of the same depth, in halves, quarters and so on."""
+    return work.rows * work.columns * (1 - 1 / unit.chunks) if unit.name == "fma" else 0
 
 
 def wgmma_cycles(work: Work, unit: Unit) -> Number:
