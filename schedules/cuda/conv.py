@@ -29,11 +29,11 @@ from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape, oversize_reason, stages_of
 
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
-# Pixels of a tile, at least.
-_LEAST = 8
+# Pixels of a tile, at least, and at most where warps multiply by themselves.
+_LEAST, _MOST = 8, 128
 # Warps of a crew, and crews, by what multiplies: on tensor cores several blocks on a processor do as well.
 _WARPS = {"fma": ((4, 1), (8, 1), (16, 1)), "mma": ((4, 1), (8, 1), (16, 1)), "wgmma": ((4, 1), (8, 1))}
-_FMA_CREWS = ((8, 1), (16, 1), (4, 2), (4, 3))
+_FMA_CREWS = {1: ((8, 1), (4, 2), (4, 3)), 4: ((8, 1), (16, 1), (4, 2), (4, 3))}
 # Ways of one kernel that are tried in strategies of several: the best, by the model.
 _BEST_PARTS = 3
 _CUTS = ((1,), (2,), (1, 2))
@@ -100,8 +100,6 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
         return found
     stages = shape.stages
     add(stages, "tile", "cluster")
-    if shape.is_mergeable and not oversize_reason((shape.dense,)):
-        add((shape.dense,), "dense", "dense")
     for cuts in _CUTS:
         spaces = []
         for begin, end in itertools.pairwise((0, *cuts, 3)):
@@ -119,6 +117,12 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
                 found.append((KernelConfig("three", named), total_us))
             else:
                 found.append((KernelConfig("two", (*named, ("cut", cuts[0]))), total_us))
+    if shape.is_mergeable and not oversize_reason((shape.dense,)):
+        precision = shape.dense.precision
+        rate = device.fp32_flops_per_s if precision == "fp32" else device.tensor_flops_per_s[precision]
+        # Its products alone can take longer than all else.
+        if not (only_best and 2e6 * shape.dense.macs / rate > min((us for _, us in found), default=np.inf)):
+            add((shape.dense,), "dense", "dense")
     return found
 
 
@@ -130,12 +134,12 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
     for (precision, group), unit in UNITS.items():
         if precision != core.precision or (unit.warps > 1 and device.compute_capability != 90):
             continue
-        shapes = tiles(core, _LEAST, MAX_PIXELS) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS)
+        shapes = tiles(core, _LEAST, _MOST) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS)
         if not shapes:
             continue
         sharing: np.ndarray = np.array(splits(stages, core))
         has_crews = unit.name == "fma" and device.compute_capability >= 90
-        warps = np.array(_FMA_CREWS if has_crews else _WARPS[unit.name])
+        warps = np.array(_FMA_CREWS[group] if has_crews else _WARPS[unit.name])
         numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), range(len(warps)), [group], indexing="ij")
         tile, share, block, groups = (axis.ravel() for axis in numbers)
         grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, groups])

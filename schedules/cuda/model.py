@@ -29,9 +29,9 @@ class Constants:
     ----------
     launch_us : float
         From the end of one kernel to the work of the next, which was launched early.
-    late_us, change_us : float
-        What it takes besides where there was no room for the next one's blocks, and where it is a different one: its
-        blocks then spread less evenly.
+    late_us, cluster_us, change_us : float
+        What it takes besides where there was no room for the next one's blocks, for clusters, whose blocks find room
+        at once or not at all, and where it is a different one: its blocks then spread less evenly.
     input_cycles : float
         Until the first data of the kernel before arrive, and until its output is there.
     copy_cycles : float
@@ -42,8 +42,9 @@ class Constants:
         How much faster all processors read the same weights from the L2 cache than data of their own.
     issue_cycles : float
         A product of a unit of depth, of a lane's row and column, on a warp.
-    wait_cycles, kept_wait_cycles, load_cycles : float
-        Latency of a unit of depth, of one where lanes keep rows of the window, and of each vector that a lane loads.
+    wait_cycles, kept_wait_cycles, global_cycles, load_cycles : float
+        Latency of a unit of depth, of one where lanes keep rows of the window, what it takes besides where pixels come
+        from the L2 cache (from memory: twice that), and of each vector that a lane loads.
     overhead_cycles : float
         Instructions of a warp besides products and loads, for a unit of depth or those that share the rows kept.
     group_cycles, drain_cycles : float
@@ -65,6 +66,7 @@ class Constants:
 
     launch_us: float
     late_us: float
+    cluster_us: float
     change_us: float
     input_cycles: float
     copy_cycles: float
@@ -73,6 +75,7 @@ class Constants:
     issue_cycles: float
     wait_cycles: float
     kept_wait_cycles: float
+    global_cycles: float
     load_cycles: float
     overhead_cycles: float
     group_cycles: float
@@ -163,11 +166,14 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
-        "launch": c.launch_us + np.where(is_hidden, 0.0, c.late_us) + (0.0 if is_one else c.change_us),
+        "launch": c.launch_us
+        + np.where(is_hidden, 0.0, c.late_us + part.is_cluster * c.cluster_us)
+        + (0.0 if is_one else c.change_us),
         "weights": waited * transfer(first / part.crews, c.sharing) * cycle_us,
         "input": 0.0,
     }
     needed: Number = 0
+    missing_share = _missing_share(part)
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share, turns_of_work = channel_tiles * pixel_tiles, part.share(i), part.turns_of_work(i)
@@ -187,6 +193,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
             own = share * turns_of_work * of_scheduler
             busy = larger(share * items * work.splits * loads * load_cycles, active * own)
             wait_cycles = np.where(part.rows_kept(i) > 1, c.kept_wait_cycles, c.wait_cycles)
+            if i == 0:
+                wait_cycles = wait_cycles + (1 - part.is_staged) * c.global_cycles * (1 + missing_share)
             unit_cycles = wait_cycles + loads * c.load_cycles + products * c.issue_cycles
             tile_cycles = c.item_cycles + sums_swapped(work, unit) * c.swap_cycles
             waited_for = turns_of_work * (share * unit_cycles + tile_cycles)
@@ -223,7 +231,9 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     own_us, needed_us = needed * cycle_us, tiles / turns * needed * cycle_us
     parts["contention"] = own_us + _both(needed_us - own_us, alone_us - own_us) - alone_us
     latency_us = sum(parts.values())
-    parts["memory"] = _both(_memory_us(part), latency_us) - latency_us
+    parts["memory"] = (
+        _both(missing_share * _tensor_bytes(part) / device.probe.dram_bytes_per_s * 1e6, latency_us) - latency_us
+    )
     return parts
 
 
@@ -232,15 +242,17 @@ def _both(a: Number, b: Number, power: int = 2) -> Number:
     return np.sqrt(a * a + b * b) if power == 2 else np.cbrt(a * a * a + b * b * b)
 
 
-def _memory_us(part: Part) -> float:
-    """How long the input and output that the L2 cache has no room for take from and to memory."""
-    assert part.device.probe is not None
+def _tensor_bytes(part: Part) -> int:
+    """Size of the input and the output."""
     first, last = part.stages[0], part.stages[-1]
     elements = first.height * first.width * part.in_width + last.out_height * last.out_width * part.out_width
-    size = first.batch * elements * part.unit.element_bytes
+    return first.batch * elements * part.unit.element_bytes
+
+
+def _missing_share(part: Part) -> float:
+    """Of the input and the output, what the L2 cache has no room for."""
     # It has two halves, and holds twice what processors beside both of them read.
-    missing = min(1.0, max(0.0, 2 * size / part.device.l2_bytes - 1))
-    return missing * size / part.device.probe.dram_bytes_per_s * 1e6
+    return min(1.0, max(0.0, 2 * _tensor_bytes(part) / part.device.l2_bytes - 1))
 
 
 def _product_flops(part: Part) -> int:

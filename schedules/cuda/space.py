@@ -45,12 +45,12 @@ def extents(limit: int) -> list[int]:
 
 
 def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
-    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long."""
+    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long, nor too high."""
     least = min(least, core.out_height * core.out_width)
     found = []
     for rows in extents(core.out_height):
         for columns in extents(core.out_width):
-            if least <= rows * columns <= most and max(rows, columns) <= 8 * min(rows, columns):
+            if least <= rows * columns <= most and columns <= 8 * rows and rows <= 2 * columns:
                 found.append((rows, columns))
     return _distinct(core, found) or [(1, max(1, min(least, core.out_width)))]
 
