@@ -129,6 +129,10 @@ class Conv2dShape:
         """Whether this is a plain 1x1: stride 1, no padding, no groups."""
         return self.kernel == self.stride == (1, 1) and not any(self.padding) and self.groups == 1
 
+    def with_precision(self, precision: str) -> Conv2dShape:
+        """The same convolution in another precision."""
+        return replace(self, precision=precision)
+
     def __str__(self) -> str:
         text = f"{self.batch}x{self.height}x{self.width}x{self.in_channels} -> {self.out_channels}"
         text += f", {self.kernel[0]}x{self.kernel[1]}"
@@ -174,6 +178,8 @@ class TuckerConvShape:
         if not isinstance(self.dense, Conv2dShape):
             raise TdcError(f"found dense={self.dense!r}; expected the Conv2dShape that the stages stand for")
         _check_ints(self, "rank_in", "rank_out")
+        if type(self.reduce_bias) is not bool:
+            raise TdcError(f"found reduce_bias={self.reduce_bias!r}; expected True or False")
         if self.dense.groups != 1:
             raise TdcError(f"a Tucker convolution has no groups; found {self.dense.groups}")
         if min(self.rank_in, self.rank_out) < 1:
@@ -208,6 +214,10 @@ class TuckerConvShape:
     def macs(self) -> int:
         """Multiply-adds of the three stages, halo recomputation not counted."""
         return sum(stage.macs for stage in self.stages)
+
+    def with_precision(self, precision: str) -> TuckerConvShape:
+        """The same convolution in another precision."""
+        return replace(self, dense=self.dense.with_precision(precision))
 
     def __str__(self) -> str:
         text = f"{self.dense} at ranks ({self.rank_in}, {self.rank_out})"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +76,6 @@ def network_shapes(name: str, batch: int) -> Iterator[tuple[ConvShape, str]]:
         yield TuckerConvShape(dense, ranks.rank_in, ranks.rank_out), name
 
 
-def with_precision(shape: ConvShape, precision: str) -> ConvShape:
-    """The same convolution in another precision."""
-    from tdc_tvm.schedules.shape import Conv2dShape
-
-    if isinstance(shape, Conv2dShape):
-        return replace(shape, precision=precision)
-    return replace(shape, dense=replace(shape.dense, precision=precision))
-
-
 def select(names: Sequence[str], batches: Sequence[int], precision: str) -> dict[ConvShape, list[str]]:
     """The distinct layers, batch by batch, and the groups that each belongs to."""
     wanted = ("core", *NETWORKS) if "all" in names else names
@@ -96,7 +86,7 @@ def select(names: Sequence[str], batches: Sequence[int], precision: str) -> dict
             sources = [core_shapes(batch)] if name == "core" else [network_shapes(one, batch) for one in networks]
             for source in sources:
                 for shape, group in source:
-                    groups = layers.setdefault(with_precision(shape, precision), [])
+                    groups = layers.setdefault(shape.with_precision(precision), [])
                     if group not in groups:
                         groups.append(group)
     return layers

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import build_layers
+import gpu_check
 import gpu_layers
 import numpy as np
 from scipy.optimize import least_squares
@@ -81,7 +82,12 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
             for number, (begin, end) in enumerate(itertools.pairwise((0, *cuts, len(stages)))):
                 names = [f"{field}{number or ''}" for field in chain_conv.FIELDS[:-1]]
                 values = np.array([[members[i]["config"][name] for i in indices] for name in names])
-                parts.append(chain_conv.make_part(stages[begin:end], (*values, units[number]), device))
+                in_width = chain_conv.between_width(stages[begin].in_channels, stages[0]) if begin else None
+                out_width = None
+                if end < len(stages):
+                    out_width = chain_conv.between_width(stages[end - 1].out_channels, stages[0])
+                given = (*values, units[number])
+                parts.append(chain_conv.make_part(stages[begin:end], given, device, in_width, out_width))
             groups.append((np.array(indices), parts))
         times = np.array([record["warm"]["ours"]["median_us"] for record in members])
         found.append(Measured(text, stages[0].precision, times, groups))
@@ -136,9 +142,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--gpu", default="H100", choices=GPUS, help="what they were measured on")
-    parser.add_argument("--write", action="store_true", help="store the constants in the package's source")
+    parser.add_argument("--write", action="store_true", help=f"store the constants in {model.DATA}")
     arguments = parser.parse_args()
     records = gpu_layers.read_results(arguments.results)
+    for record in records:
+        measured_on = record.get("environment", {}).get("gpu", {}).get("name", arguments.gpu)
+        if arguments.gpu not in measured_on:
+            raise SystemExit(f"these results are of an {measured_on}; say so with --gpu, or give others")
+        if "cold" in record:
+            raise SystemExit("these results have cuDNN in them: they are of bench_layers.py; fit to those of oracle.py")
     if not any("warm" in record for record in records):
         raise SystemExit("no kernel was timed in these results: all have errors; run: oracle.py report")
     fitted = fit(records, GPUS[arguments.gpu])
@@ -151,4 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_check.exit_status(main))

@@ -327,12 +327,18 @@ def device_of(arch: str) -> DeviceSpec:
 
 
 def exit_status(main: Callable[[], int]) -> int:
-    """Run a command line; Ctrl-C ends it with status 130 and without a traceback."""
+    """Run a command line; a user's mistake ends it with its message, Ctrl-C with status 130, without a traceback."""
     try:
         return main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        # On a machine that only runs kernels the package need not be there.
+        if type(error).__name__ != "TdcError":
+            raise
+        print(error, file=sys.stderr)
+        return 1
 
 
 def load_cuda_library() -> None:

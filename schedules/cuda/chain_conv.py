@@ -64,19 +64,22 @@ def allowed(shape: ConvShape, strategy: str) -> dict[str, Sequence[int]]:
     return named | ({"cut": (1, 2)} if strategy == "two" else {})
 
 
+def between_width(channels: int, stage: Conv2dShape) -> int:
+    """Channels in memory of what lies between kernels: whole vectors."""
+    return round_up(channels, UNITS[stage.precision, 1].vector)
+
+
 # A configuration is checked, estimated and built by the same parts.
 @functools.lru_cache(maxsize=16)
 def parts_of(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> tuple[Part, ...]:
     """The kernels of a configuration, in order."""
     stages = stages_of(shape, config.strategy)
     bounds = (0, *cuts_of(config), len(stages))
-    vector = UNITS[stages[0].precision, 1].vector
     parts = []
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
         values = tuple(config[f"{field}{number or ''}"] for field in FIELDS)
-        # What lies between kernels has whole vectors of channels.
-        in_width = round_up(stages[begin].in_channels, vector) if begin else None
-        out_width = round_up(stages[end - 1].out_channels, vector) if end < len(stages) else None
+        in_width = between_width(stages[begin].in_channels, stages[0]) if begin else None
+        out_width = between_width(stages[end - 1].out_channels, stages[0]) if end < len(stages) else None
         parts.append(make_part(stages[begin:end], values, device, in_width, out_width))
     return tuple(parts)
 

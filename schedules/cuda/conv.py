@@ -15,18 +15,27 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import NoReturn
 
 import numpy as np
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.cuda import chain_conv, direct, model
-from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
+from tdc_tvm.schedules.cuda.chain_conv import FIELDS, between_width, parts_of
 from tdc_tvm.schedules.cuda.plan import MAX_PIXELS
 from tdc_tvm.schedules.cuda.space import splits, tiles, tiles_of_eights
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, check_weights
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape, oversize_reason, stages_of
+from tdc_tvm.schedules.shape import (
+    MAX_ELEMENTS,
+    Conv2dShape,
+    ConvShape,
+    Epilogue,
+    TuckerConvShape,
+    oversize_reason,
+    stages_of,
+)
 
 STRATEGIES = ("tile", "cluster", "two", "three", "dense", "conv")
 # Pixels of a tile, at least, and at most where warps multiply by themselves.
@@ -62,13 +71,24 @@ def candidates(shape: ConvShape, device: DeviceSpec) -> list[KernelConfig]:
     _check(shape, device)
     if isinstance(shape, Conv2dShape) and shape.groups > 1:
         return direct.candidates(shape, device)
-    return [config for config, _ in _estimates(shape, device)]
+    return [config for config, _ in _estimates(shape, device)] or _refuse(shape, device)
 
 
 def _check(shape: ConvShape, device: DeviceSpec) -> None:
+    if not isinstance(shape, ConvShape) or not isinstance(device, DeviceSpec):
+        found = f"{type(shape).__name__} and {type(device).__name__}"
+        raise TdcError(f"found {found}; expected a Conv2dShape or TuckerConvShape and a DeviceSpec")
     reason = _shape_reason(shape, device)
     if reason:
         raise TdcError(f"no CUDA schedule for {shape}: {reason}")
+
+
+def _refuse(shape: ConvShape, device: DeviceSpec) -> NoReturn:
+    smem_bytes = device.smem_per_block_optin_bytes
+    raise TdcError(
+        f"no CUDA schedule for {shape} fits: {device.name} has {smem_bytes} bytes of shared memory for a block, and"
+        f" 32-bit indices reach {MAX_ELEMENTS:,} elements of packed weights; use fewer channels"
+    )
 
 
 def _shape_reason(shape: ConvShape, device: DeviceSpec) -> str:
@@ -89,7 +109,7 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
     found = []
 
     def add(stages: tuple[Conv2dShape, ...], one_block: str, several: str) -> None:
-        ways, latencies_us = _space(stages, device, True)
+        ways, latencies_us = _space(stages, device)
         least = latencies_us.min(initial=np.inf)
         for i in np.flatnonzero(latencies_us == least) if only_best else range(len(ways)):
             strategy = one_block if ways[i][2] == 1 else several
@@ -103,7 +123,9 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
     for cuts in _CUTS:
         spaces = []
         for begin, end in itertools.pairwise((0, *cuts, 3)):
-            ways, latencies_us = _space(stages[begin:end], device, False)
+            in_width = between_width(stages[begin].in_channels, stages[0]) if begin else None
+            out_width = between_width(stages[end - 1].out_channels, stages[0]) if end < 3 else None
+            ways, latencies_us = _space(stages[begin:end], device, in_width, out_width)
             order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
             spaces.append([(ways[i].tolist(), latencies_us[i]) for i in order])
         for chosen in itertools.product(*spaces):
@@ -127,8 +149,13 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
 
 
 @functools.lru_cache(maxsize=1024)
-def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) -> tuple[np.ndarray, np.ndarray]:
-    """All ways to compute some stages by one kernel, alone or among others: values of `FIELDS`, and predictions."""
+def _space(
+    stages: tuple[Conv2dShape, ...], device: DeviceSpec, in_width: int | None = None, out_width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """All ways to compute some stages by one kernel: values of `FIELDS`, and predictions.
+
+    A width in memory is given where another kernel is before this one, or after it.
+    """
     core = next((stage for stage in stages if not stage.is_pointwise), stages[0])
     ways, latencies_us = [], []
     for (precision, group), unit in UNITS.items():
@@ -143,9 +170,9 @@ def _space(stages: tuple[Conv2dShape, ...], device: DeviceSpec, is_one: bool) ->
         numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), range(len(warps)), [group], indexing="ij")
         tile, share, block, groups = (axis.ravel() for axis in numbers)
         grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, groups])
-        part = chain_conv.make_part(stages, (*grid[:-1], group), device)
+        part = chain_conv.make_part(stages, (*grid[:-1], group), device, in_width, out_width)
         fits = np.broadcast_to(part.fits, grid.shape[1])
-        latencies_us.append(np.broadcast_to(model.latency_us(part, is_one), grid.shape[1])[fits])
+        latencies_us.append(np.broadcast_to(model.latency_us(part, in_width is out_width is None), grid.shape[1])[fits])
         ways.append(grid.T[fits])
     return np.concatenate(ways), np.concatenate(latencies_us)
 
@@ -181,7 +208,7 @@ def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Esti
     """
     reason = reject_reason(shape, config, device)
     if reason:
-        raise TdcError(f"cannot estimate {config} for {shape}: {reason}")
+        raise TdcError(f"cannot estimate {config.strategy} {config} for {shape}: {reason}")
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.estimate(shape, config, device)
@@ -202,8 +229,7 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     else:
         options = _estimates(shape, device, only_best=True)
     if not options:
-        smem_bytes = device.smem_per_block_optin_bytes
-        raise TdcError(f"no CUDA schedule for {shape} fits into {device.name}'s {smem_bytes} bytes of shared memory")
+        _refuse(shape, device)
     config, _ = min(options, key=lambda pair: (pair[1], pair[0]))
     return config, estimate(shape, config, device)
 

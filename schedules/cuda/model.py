@@ -283,5 +283,6 @@ def estimate(parts: Sequence[Part]) -> Estimate:
     for part in parts:
         for name, value in estimate_part(part, len(parts) == 1).items():
             name = next(stages) if name.startswith("stage") else name
-            total[name] = total.get(name, 0.0) + float(value)
+            # Rounding can leave less than nothing.
+            total[name] = total.get(name, 0.0) + max(0.0, float(value))
     return Estimate(total)

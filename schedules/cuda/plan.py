@@ -361,14 +361,15 @@ class Part(Division):
             for i in range(len(self.stages)):
                 fits = fits & self.is_held(i)
             fits = fits & (self.warps % self.unit.warps == 0) & (device.compute_capability == 90)
-        return fits
+        return fits & (self.most_elements <= MAX_ELEMENTS)
 
     @property
-    def most_elements(self) -> int:
+    def most_elements(self) -> Number:
         """Of the largest tensor that the kernel reads or writes, filled up as it lies in memory."""
         first, last = self.stages[0], self.stages[-1]
         weights = (self.split * self.weight_vectors(i) * self.unit.vector for i in range(len(self.stages)))
-        return max(first.batch * first.height * first.width * self.in_width, last.out_pixels * self.out_width, *weights)
+        tensors = max(first.batch * first.height * first.width * self.in_width, last.out_pixels * self.out_width)
+        return functools.reduce(larger, weights, tensors)
 
     def reject_reason(self) -> str:
         """Why the kernel, whose numbers are in range, cannot run on the device; empty if it can."""
@@ -382,8 +383,10 @@ class Part(Division):
         if self.is_cluster and self.split > MAX_CLUSTER:
             return f"needs clusters of {self.split} blocks, {name} has at most {MAX_CLUSTER}"
         together = self.unit.warps
-        if together > 1 and (compute != 90 or self.warps % together):
-            return f"needs groups of {together} warps of sm_90; {name} is sm_{compute}, of {self.warps} warps"
+        if together > 1 and compute != 90:
+            return f"needs groups of {together} warps (group={together}), which sm_90 has; {name} is sm_{compute}"
+        if self.warps % together:
+            return f"needs a multiple of {together} warps for groups of {together}; has {self.warps}"
         if together > 1 and not self.has_rows_of_eight:
             return f"needs tiles 8 wide for groups of {together} warps; has tiles {self.tile_w} wide"
         if together > 1 and not (self.is_staged and all(map(self.is_held, range(len(self.stages))))):

@@ -53,12 +53,6 @@ def has_compiler() -> bool:
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs NVRTC (the extra [cuda]) or nvcc")
 
 
-def in_precision(shape, precision):
-    if isinstance(shape, Conv2dShape):
-        return replace(shape, precision=precision)
-    return replace(shape, dense=replace(shape.dense, precision=precision))
-
-
 def weights_for(shape, bias=True):
     stages = getattr(shape, "stages", None) or (shape,)
     return tuple(
@@ -561,7 +555,7 @@ def test_picks_keep_their_arrays_in_registers(tmp_path, name):
     functions = {}
     for precision in precisions:
         for i, shape in enumerate(RESNET):
-            func = kernel_for(in_precision(shape, precision), epilogue=Epilogue(True, 0.0), device=device).func
+            func = kernel_for(shape.with_precision(precision), epilogue=Epilogue(True, 0.0), device=device).func
             functions[f"{precision}_{i}"] = func.with_attr("global_symbol", f"{precision}_{i}")
     with cuda_compiler(target):
         module = tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline=TIR_PIPELINE)

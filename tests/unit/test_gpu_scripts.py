@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_layers
 import build_layers
 import fit_model
+import gpu_check
 import gpu_layers
 import oracle
 
@@ -42,7 +43,7 @@ TUCKER = TuckerConvShape(DENSE, 24, 16)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("shape", [DENSE, TUCKER], ids=["conv", "tucker"])
 def test_weights_are_packed_alike_on_both_machines(shape, precision):
-    shape = bench_layers.with_precision(shape, precision)
+    shape = shape.with_precision(precision)
     layer = json.loads(json.dumps(build_layers.describe(shape, ["group"])))
     assert build_layers.shape_of(layer) == shape
     config = next(config for config in conv.candidates(shape, H100) if config.strategy in ("tile", "conv"))
@@ -203,6 +204,12 @@ MISTAKES = {
     "nothing to fit": ("fit_model", "nowhere.jsonl --write", "no file nowhere.jsonl"),
     "empty files to fit": ("fit_model", "empty.jsonl --write", "no kernel has a record"),
     "failures to fit": ("fit_model", "failed.jsonl --write", "no kernel was timed"),
+    "cuDNN to fit": ("fit_model", "bench.jsonl --write", "of bench_layers.py; fit to those of oracle.py"),
+    "another GPU's to fit": (
+        "fit_model",
+        "of_h100.jsonl --gpu H200 --write",
+        "NVIDIA H100 80GB HBM3; say so with --gpu",
+    ),
 }
 
 
@@ -225,6 +232,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(script, line, message, tmp_pat
         "oracle.jsonl": RECORD,
         "bench.jsonl": RECORD.replace('"warm"', '"cold": {}, "warm"'),
         "failed.jsonl": RECORD.replace("warm", "error"),
+        "of_h100.jsonl": '{"environment": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}}\n' + RECORD,
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -238,6 +246,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(script, line, message, tmp_pat
     assert not captured.out
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
     assert all((tmp_path / name).read_text() == text for name, text in files.items())
+
+
+def test_what_the_package_refuses_is_one_line(capsys, monkeypatch, tmp_path):
+    line = [f"{tmp_path}/new", "--gpu", "RTX 2080 Ti", "--precision", "tf32", "--shapes", "core"]
+    monkeypatch.setattr(sys, "argv", ["bench_layers.py", "build", *line])
+    assert gpu_check.exit_status(bench_layers.main) == 1
+    assert re.fullmatch(r"no CUDA schedule for .*computes convolutions in fp32 or fp16 only\n", capsys.readouterr().err)
 
 
 COMMANDS = re.findall(r"^python scripts/(\w+)\.py ([^#\n]*)", (ROOT / "README.md").read_text(), re.MULTILINE)

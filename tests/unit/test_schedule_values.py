@@ -124,6 +124,30 @@ def test_what_lies_between_kernels_is_filled_up_to_whole_vectors():
     assert reason == "needs a tensor of 2,348,810,240 elements, 32-bit indices reach 2,147,483,647"
 
 
+@pytest.mark.parametrize("reduce_bias", [False, True])
+def test_the_choice_is_the_best_of_all_candidates(reduce_bias):
+    # Ranks that are no whole vectors: what lies between kernels is wider.
+    shape = TuckerConvShape(
+        Conv2dShape(32, 28, 28, 256, 128, (3, 3), padding=SAME, precision="fp16"), 21, 14, reduce_bias
+    )
+    _, chosen = backend(H100).choose(shape, H100)
+    candidates = backend(H100).candidates(shape, H100)
+    assert chosen.latency_us == min(backend(H100).estimate(shape, one, H100).latency_us for one in candidates)
+
+
+def test_packed_weights_that_no_index_reaches():
+    with pytest.raises(TdcError, match="32-bit indices reach 2,147,483,647 elements of packed weights"):
+        backend(H100).candidates(Conv2dShape(1, 1, 1, 2**28, 1), H100)
+
+
+@pytest.mark.parametrize(("shape", "device"), [(None, H100), (DENSE, "H100")])
+def test_arguments_of_other_types(shape, device):
+    from tdc_tvm.schedules.cuda import conv
+
+    with pytest.raises(TdcError, match="expected a Conv2dShape or TuckerConvShape and a DeviceSpec"):
+        conv.choose(shape, device)
+
+
 def test_a_layer_whose_merged_weights_are_too_many_is_not_merged():
     shape = TuckerConvShape(Conv2dShape(1, 7, 7, 20_000, 20_000, (3, 3), padding=SAME), 64, 64)
     assert "dense" not in {config.strategy for config in backend(H100).candidates(shape, H100)}
