@@ -38,13 +38,17 @@ class ConvOp:
 @tvm.transform.module_pass(opt_level=0, name="LowerConv")
 @dataclass
 class LowerConv:
-    """Replace calls of outlined convolutions by ``call_tir`` of kernels scheduled for ``device``."""
+    """Replace calls of outlined convolutions by ``call_tir`` of kernels scheduled for ``device``.
+
+    Kernels that store another type than FP32 have casts around them.
+    """
 
     device: DeviceSpec
+    precision: str
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
-        lowerer = _Lowerer(mod, self.device)
+        lowerer = _Lowerer(mod, self.device, self.precision)
         main = lowerer.visit_expr(mod["main"])
         lowerer.builder_.update_func(mod.get_global_var("main"), main)
         mod = relax.transform.DeadCodeElimination()(lowerer.builder_.get())
@@ -76,10 +80,10 @@ def read_conv(function: relax.Function) -> ConvOp:
 
 @relax.expr_functor.mutator
 class _Lowerer(relax.PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, device: DeviceSpec) -> None:
+    def __init__(self, mod: tvm.IRModule, device: DeviceSpec, precision: str) -> None:
         super().__init__(mod)
         self.mod = mod
-        self.device = device
+        self.device, self.precision = device, precision
         self.layers: list[LayerReport] = []
         self.choices: dict[ConvShape, tuple[KernelConfig, Estimate]] = {}
 
@@ -89,31 +93,40 @@ class _Lowerer(relax.PyExprMutator):
         if not isinstance(function, relax.Function) or KIND_ATTR not in (function.attrs or {}):
             return call
         op = read_conv(function)
-        schedules = backend(self.device)
-        if op.shape not in self.choices:
-            self.choices[op.shape] = schedules.choose(op.shape, self.device)
-        config, estimate = self.choices[op.shape]
-        kernel = schedules.make_kernel(op.shape, op.epilogue, op.weights, config, self.device, op.name)
-        self.layers.append(_report(op, config, estimate))
+        schedules, shape = backend(self.device), op.shape
+        # What has groups is computed in FP32.
+        if not (isinstance(shape, Conv2dShape) and shape.groups > 1):
+            shape = shape.with_precision(self.precision)
+        if shape not in self.choices:
+            self.choices[shape] = schedules.choose(shape, self.device)
+        config, estimate = self.choices[shape]
+        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name)
+        self.layers.append(_report(op.name, shape, config, estimate))
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
-        operands = (call.args[i] for i in op.inputs)
-        x, *residual = (self._permuted(arg, _TO_NHWC) if op.data_layout == "NCHW" else arg for arg in operands)
+        dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
+        is_nchw = op.data_layout == "NCHW"
+        operands = (self._cast(call.args[i], dense.dtype) for i in op.inputs)
+        x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in operands)
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
-        dense = op.shape.dense if isinstance(op.shape, TuckerConvShape) else op.shape
         out = (dense.batch, dense.out_height, dense.out_width, dense.out_channels)
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
         result = relax.call_tir(callee, relax.Tuple([x, *constants, *residual]), types)
         if kernel.between:
             result = self.builder_.emit(relax.TupleGetItem(self.builder_.emit(result), 0))
-        return self._permuted(result, _TO_NCHW) if op.data_layout == "NCHW" else result
+        result = self._permuted(result, _TO_NCHW) if is_nchw else result
+        return self._cast(result, "float32")
+
+    def _cast(self, value: relax.Expr, dtype: str) -> relax.Expr:
+        value = self.builder_.normalize(value)
+        return value if str(value.ty.dtype) == dtype else self.builder_.emit(relax.op.astype(value, dtype))
 
     def _permuted(self, value: relax.Expr, axes: tuple[int, ...]) -> relax.Var:
         return self.builder_.emit(relax.op.permute_dims(self.builder_.normalize(value), axes))
 
 
-def _report(op: ConvOp, config: KernelConfig, estimate: Estimate) -> LayerReport:
+def _report(name: str, shape: ConvShape, config: KernelConfig, estimate: Estimate) -> LayerReport:
     chosen = (config.strategy, str(config), estimate.latency_us, dict(estimate.parts_us))
-    if isinstance(op.shape, TuckerConvShape):
-        ranks = (op.shape.rank_out, op.shape.rank_in)
-        return LayerReport(op.name, "tucker_conv", str(op.shape.dense), ranks, True, "", *chosen)
-    return LayerReport(op.name, "conv2d", str(op.shape), None, False, "not a Tucker layer", *chosen)
+    if isinstance(shape, TuckerConvShape):
+        ranks = (shape.rank_out, shape.rank_in)
+        return LayerReport(name, "tucker_conv", str(shape.dense), ranks, True, "", *chosen)
+    return LayerReport(name, "conv2d", str(shape), None, False, "not a Tucker layer", *chosen)

@@ -9,11 +9,13 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from tdc_tvm.relay_passes.dense_to_conv import dense_to_conv
 from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
 from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.relay_passes.lower_conv import LowerConv
+from tdc_tvm.relay_passes.narrow_activations import narrow_activations
 from tdc_tvm.schedules.device import DeviceSpec
 
 _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
@@ -61,7 +63,7 @@ class _PermuteConstants(relax.PyExprMutator):
         return call
 
 
-def graph_passes(device: DeviceSpec, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
+def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
     """From an imported model to kernels for every convolution, high-level operators around them."""
     return [
         # Canonical form: inference-time operators, constants evaluated, channels last.
@@ -69,10 +71,13 @@ def graph_passes(device: DeviceSpec, layer_names: Mapping[str, str]) -> list[tvm
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
         convert_to_nhwc,
+        *([dense_to_conv] if device.kind == "cuda" else []),
         # Our operators.
         FuseTuckerConv(layer_names),
         FuseConv2d(),
-        LowerConv(device),
+        LowerConv(device, precision),
+        relax.transform.CanonicalizeBindings(),
+        narrow_activations,
     ]
 
 

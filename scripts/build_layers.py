@@ -193,7 +193,6 @@ def build(
     import tvm
 
     import tdc_tvm
-    from tdc_tvm import schedules
 
     begin_build(folder)
     named = [(f"k{index}", layers[one.layer], one) for index, one in enumerate(candidates)]
@@ -206,16 +205,13 @@ def build(
             constants |= arrays
             print(f"library {number} of {len(tasks)}", file=sys.stderr, flush=True)
     np.savez_compressed(folder / CONSTANTS, **constants)
-    source = hashlib.sha256()
-    for path in sorted(Path(schedules.__file__).parent.rglob("*.py")):
-        source.update(path.read_bytes())
     manifest = {
         "precision": precision,
         "device": asdict(device),
         "built_with": {
             "tdc_tvm": tdc_tvm.__version__,
             "tvm": tvm.__version__,
-            "schedules_sha256": source.hexdigest()[:16],
+            "schedules_sha256": source_digest(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
         "layers": layers,
@@ -223,6 +219,16 @@ def build(
     }
     end_build(folder, manifest)
     return manifest
+
+
+def source_digest() -> str:
+    """Of the schedules' source."""
+    from tdc_tvm import schedules
+
+    source = hashlib.sha256()
+    for path in sorted(Path(schedules.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    return source.hexdigest()[:16]
 
 
 @contextmanager

@@ -56,6 +56,9 @@ class Precision(str, Enum):
     """Arithmetic of the compiled model."""
 
     fp32 = "fp32"
+    tf32 = "tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 Model = Annotated[Path, typer.Argument(help="ONNX model.", metavar="MODEL.onnx")]
@@ -90,7 +93,13 @@ AtolOption = Annotated[
     float, typer.Option("--atol", min=0, metavar="X", help="Absolute tolerance against ONNX Runtime.")
 ]
 RtolOption = Annotated[
-    float, typer.Option("--rtol", min=0, metavar="X", help="Tolerance relative to an output's largest magnitude.")
+    float | None,
+    typer.Option(
+        "--rtol",
+        min=0,
+        metavar="X",
+        help="Tolerance relative to an output's largest magnitude; by default 1e-4 in FP32, more in lower precisions.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of random input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
@@ -176,7 +185,7 @@ def build(
         bool, typer.Option("--verify/--no-verify", help="Compare with ONNX Runtime if it can run here.")
     ] = True,
     atol: AtolOption = 1e-5,
-    rtol: RtolOption = 1e-4,
+    rtol: RtolOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -266,7 +275,7 @@ def verify(
     library: Library,
     model: Model,
     atol: AtolOption = 1e-5,
-    rtol: RtolOption = 1e-4,
+    rtol: RtolOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -327,7 +336,7 @@ def bench(
         if path.suffix == ".so":
             contenders.append(Contender.of(path.name, load(path), seed))
             continue
-        compiled = _build(path, target, precision, decompose, input_shape, batch, False, True, 1e-5, 1e-4, seed)
+        compiled = _build(path, target, precision, decompose, input_shape, batch, False, True, 1e-5, None, seed)
         contenders.append(Contender.of(f"{path.name}, tdc_tvm", compiled, seed))
         if reference:
             contenders.append(onnxruntime_contender(f"{path.name}, ONNX Runtime", path, compiled, seed))
@@ -467,7 +476,7 @@ def _build(
     require_full_fusion: bool,
     verify: bool,
     atol: float,
-    rtol: float,
+    rtol: float | None,
     seed: int,
 ) -> Any:
     from tdc_tvm.compiler import build as compile_model

@@ -41,11 +41,11 @@ from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
 from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
+from tdc_tvm.schedules.shape import DTYPES
 from tdc_tvm.targets import resolve_target
 from tdc_tvm.verify import check_tolerances
 from tdc_tvm.verify import verify as verify_model
 
-PRECISIONS = ("fp32",)
 Progress = Callable[[str], object]
 
 
@@ -60,7 +60,7 @@ def build(
     require_full_fusion: bool = False,
     verify: bool = True,
     atol: float = 1e-5,
-    rtol: float = 1e-4,
+    rtol: float | None = None,
     seed: int = 0,
     progress: Progress = lambda step: None,
 ) -> CompiledModel:
@@ -74,7 +74,8 @@ def build(
         ``"auto"`` (the local GPU if there is one, else the CPU), ``"llvm"``, ``"cuda"``,
         ``"sm_90"``, a TVM tag such as ``"nvidia/nvidia-h100"``, or a Target.
     precision : str
-        ``"fp32"``: strict single precision.
+        Of convolutions: ``"fp32"`` strict single precision; on GPUs also ``"tf32"`` (stored in FP32), ``"fp16"`` and
+        ``"bf16"`` (activations too), all summed in FP32.  Inputs and outputs of the model keep their types.
     decompose : RankSpec, optional
         Decompose dense convolutions first: ranks for all layers ``(rank_out, rank_in)``, an energy
         in (0, 1), a `DecompositionPlan` or its path, or a preset's name.
@@ -108,6 +109,7 @@ def build(
     >>> compiled.export_library("resnet18.so")              # doctest: +SKIP
     """
     start = time.perf_counter()
+    check_precision(precision)
     check_tolerances(atol, rtol)
     check_seed(seed)
     cxx_compiler()
@@ -193,6 +195,12 @@ class _Job:
         )
 
 
+def check_precision(precision: str) -> None:
+    """Refuse an unknown precision."""
+    if precision not in DTYPES:
+        raise TdcError(f"precision {precision!r} is not supported; use one of {', '.join(DTYPES)}")
+
+
 def _prepare(
     model: ModelSource,
     target: str | Target,
@@ -202,10 +210,11 @@ def _prepare(
     batch: int | None,
     progress: Progress,
 ) -> _Job:
-    if precision not in PRECISIONS:
-        raise TdcError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
     resolved = resolve_target(target)
     device = DeviceSpec.from_target(resolved)
+    known = ["fp32", *device.tensor_flops_per_s] if device.kind == "cuda" else ["fp32"]
+    if precision not in known:
+        raise TdcError(f"{device.name} ({resolved.kind.name}) computes in {' or '.join(known)}, not in {precision}")
     progress("reading the model")
     proto = load_onnx(model)
     digest = hashlib.sha256()
@@ -228,7 +237,7 @@ def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
     progress("importing")
     mod = import_onnx(job.proto, layer_names(job.proto))
     progress("fusing and scheduling")
-    return tvm.transform.Sequential(graph_passes(job.device, tucker_layer_names(job.proto)))(mod)
+    return tvm.transform.Sequential(graph_passes(job.device, job.precision, tucker_layer_names(job.proto)))(mod)
 
 
 @contextmanager
@@ -281,7 +290,7 @@ def _machine(target: Target) -> str:
 
 
 def _verification(
-    compiled: CompiledModel, reference: onnx.ModelProto, atol: float, rtol: float, seed: int
+    compiled: CompiledModel, reference: onnx.ModelProto, atol: float, rtol: float | None, seed: int
 ) -> Verification:
     try:
         check_runs_here(compiled.metadata, "the model")

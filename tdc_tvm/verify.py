@@ -12,6 +12,8 @@ from tdc_tvm.compiled_model import CompiledModel, random_inputs
 from tdc_tvm.errors import TdcError
 from tdc_tvm.report import Verification
 
+# Of a result relative to an output's largest magnitude, by the precision of convolutions: what tens of layers lose.
+_RTOL = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 # Protocol buffers end at 2 GB; larger models go to ONNX Runtime through a file.
 _INLINE_LIMIT = 2**31 - 2**20
 
@@ -48,14 +50,18 @@ def reference_session(model: onnx.ModelProto, threads: int | None = None):
         ) from None
 
 
-def check_tolerances(atol: float, rtol: float) -> None:
-    """Refuse what is no tolerance."""
+def check_tolerances(atol: float, rtol: float | None) -> None:
+    """Refuse what is no tolerance; None is the precision's own."""
     for name, value in (("atol", atol), ("rtol", rtol)):
+        if value is None and name == "rtol":
+            continue
         if not isinstance(value, Real) or not 0 <= value < math.inf:
             raise TdcError(f"{name} is {value!r}; expected a number from 0 on, such as 1e-4")
 
 
-def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol: float, seed: int = 0) -> Verification:
+def verify(
+    compiled: CompiledModel, model: onnx.ModelProto, *, atol: float = 1e-5, rtol: float | None = None, seed: int = 0
+) -> Verification:
     """Compare outputs on seeded random input: ``max|ours - reference| <= atol + rtol * max|reference|`` for each.
 
     Parameters
@@ -64,8 +70,11 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
         A model that can run here.
     model : onnx.ModelProto
         The reference, with static shapes.
-    atol, rtol : float
-        Absolute tolerance, and tolerance relative to an output's largest magnitude.
+    atol : float
+        Absolute tolerance.
+    rtol : float, optional
+        Tolerance relative to an output's largest magnitude; by default 1e-4 for FP32, 1e-2 for TF32 and FP16, 5e-2
+        for BF16.
     seed : int
         Of the input.
 
@@ -75,6 +84,7 @@ def verify(compiled: CompiledModel, model: onnx.ModelProto, *, atol: float, rtol
         If an output differs by more, has another shape or type, or is not finite where the reference is.
     """
     check_tolerances(atol, rtol)
+    rtol = _RTOL[compiled.report.precision] if rtol is None else rtol
     values = random_inputs(compiled.inputs, seed)
     ours = compiled.run(*values)
     ours = ours if isinstance(ours, tuple) else (ours,)

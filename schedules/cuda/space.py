@@ -11,8 +11,8 @@ from tdc_tvm.schedules.cuda.plan import MAX_CLUSTER
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.shape import Conv2dShape
 
-# Slices of the channels of one stage, at most.
-MAX_SLICES = 32
+# Slices of the channels of one stage, at most: fully connected layers have thousands of channels and few pixels.
+MAX_SLICES = 256
 
 
 def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int, int]]:
@@ -32,7 +32,12 @@ def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int
 
     is_one = len(stages) == 1
     if is_one:
-        add(MAX_SLICES, 0, 0.85, lambda split: slice_channels(core.out_channels, split))
+        add(
+            min(MAX_SLICES, ceil_div(core.out_channels, SLICE)),
+            0,
+            0.85,
+            lambda split: slice_channels(core.out_channels, split),
+        )
     add(MAX_CLUSTER, int(is_one), 1.0, lambda split: round_up(ceil_div(core.in_channels, split), max(unit, SLICE)))
     return found
 
@@ -50,7 +55,8 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
     found = []
     for rows in extents(core.out_height):
         for columns in extents(core.out_width):
-            if least <= rows * columns <= most and columns <= 8 * rows and rows <= 2 * columns:
+            is_shape = rows <= 2 * columns and (columns <= 8 * rows or core.out_height == 1)
+            if least <= rows * columns <= most and is_shape:
                 found.append((rows, columns))
     return _distinct(core, found) or [(1, max(1, min(least, core.out_width)))]
 
