@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import tvm
 
 from tdc_tvm.relay_passes.graph import Graph
@@ -10,12 +12,17 @@ from tdc_tvm.relay_passes.outline import CONV2D, Chain, outline
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseConv2d")
+@dataclass
 class FuseConv2d:
     """Outline each convolution with the bias, residual and activation after it.
+
+    And with the normalisation and activation before it, which only it reads, if the schedules take ``prologues``.
 
     Convolutions that our schedules do not take (weights computed at run time, other types than
     float32) stay with TVM's own schedules, and the reason is added to the module's layer reports.
     """
+
+    prologues: bool = False
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -32,5 +39,8 @@ class FuseConv2d:
             if reason:
                 left.append(LayerReport(conv.name, "conv2d", str(conv.shape), reason=reason, strategy="tvm"))
                 continue
-            chains.append(Chain(CONV2D, conv.name, graph.claim_tail(conv, claimed)))
+            head = graph.head(conv) if self.prologues else None
+            before = head.variables if head is not None and claimed.isdisjoint(head.variables) else []
+            claimed.update(before)
+            chains.append(Chain(CONV2D, conv.name, [*before, *graph.claim_tail(conv, claimed)]))
         return add_layers(outline(mod, graph.values, chains), left)

@@ -11,9 +11,12 @@ import tvm_ffi
 from tvm import relax
 
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d
+from tdc_tvm.schedules.kernel import Prologue
 from tdc_tvm.schedules.shape import Conv2dShape, Epilogue
 
-_ADD, _RELU, _MAX, _MIN = (tvm.ir.Op.get(f"relax.{name}") for name in ("add", "nn.relu", "maximum", "minimum"))
+_ADD, _MULTIPLY, _RELU, _MAX, _MIN = (
+    tvm.ir.Op.get(f"relax.{name}") for name in ("add", "multiply", "nn.relu", "maximum", "minimum")
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,15 @@ class Tail:
         return Epilogue(self.residual is not None, self.clip_min, self.clip_max)
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a convolution's input is computed by from ``source``, as far as a kernel's prologue can take it over."""
+
+    source: relax.Var
+    variables: list[relax.Var]
+    prologue: Prologue
+
+
 @dataclass
 class Graph:
     """Definitions and uses of ``main``'s variables, in program order."""
@@ -107,7 +119,7 @@ class Graph:
         tail = Tail(conv.var, [conv.var])
         axis = channel_axis(conv)
         while (found := self._after(tail, _ADD)) is not None:
-            bias = _bias(found[1], conv.shape.out_channels, axis)
+            bias = _by_channel(found[1], conv.shape.out_channels, axis)
             if bias is None:
                 break
             tail.bias = bias if tail.bias is None else tail.bias + bias
@@ -137,6 +149,46 @@ class Graph:
             )
             self._advance(tail, found[0])
         return tail
+
+    def head(self, conv: Conv) -> Head | None:
+        """Scale, shift and clip before ``conv``, of which it is the only reader; None if there are none of them."""
+        shape, axis = conv.shape, channel_axis(conv)
+        if shape.groups > 1 or any(shape.padding):
+            return None
+        scale = shift = low = high = None
+        source, reader, variables = conv.data, conv.var, []
+        # From the convolution upwards: bounds, then what is added, then what is multiplied.
+        while isinstance(source, relax.Var) and source in self.values and self._is_read_by(source, reader):
+            call = self.values[source]
+            if not isinstance(call, relax.Call):
+                break
+            is_outermost = scale is None and shift is None
+            by_channel = _by_channel(call, shape.in_channels, axis)
+            if call.op == _MULTIPLY and scale is None and by_channel is not None:
+                scale = by_channel
+            elif call.op == _ADD and is_outermost and by_channel is not None:
+                shift = by_channel
+            elif any(call.op == op for op in (_RELU, _MAX, _MIN)) and is_outermost:
+                bounds = _clip_bounds(call) or (None, None)
+                if bounds[0] is not None and low is None:
+                    low = bounds[0]
+                elif bounds[1] is not None and high is None:
+                    high = bounds[1]
+                else:
+                    break
+            else:
+                break
+            variables.insert(0, source)
+            reader, source = source, next(arg for arg in call.args if isinstance(arg, relax.Var))
+        if (scale is None and shift is None) or (low is not None and high is not None and low > high):
+            return None
+        scale = np.ones(shape.in_channels, np.float32) if scale is None else scale
+        shift = np.zeros(shape.in_channels, np.float32) if shift is None else shift
+        return Head(source, variables, Prologue(scale, shift, low, high))
+
+    def _is_read_by(self, var: relax.Var, reader: relax.Var) -> bool:
+        user = self.sole_user(var)
+        return user is not None and user.same_as(reader)
 
     def claim_tail(self, conv: Conv, claimed: set[relax.Var]) -> list[relax.Var]:
         """The variables of ``conv``'s tail; where two convolutions end in one addition, the first takes it over."""
@@ -191,8 +243,8 @@ def _ints(values) -> tuple:
     return tuple(int(v) for v in values)
 
 
-def _bias(call: relax.Call, channels: int, axis: int) -> np.ndarray | None:
-    """The constant that ``add`` adds, one value per channel; None if there is none or it varies along another axis."""
+def _by_channel(call: relax.Call, channels: int, axis: int) -> np.ndarray | None:
+    """A call's constant operand, one value per channel; None if there is none or it varies along another axis."""
     const = next((arg.value.numpy() for arg in call.args if isinstance(arg, tvm.ir.GenericConst)), None)
     if const is None or const.ndim > 4:
         return None

@@ -13,7 +13,7 @@ from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
 from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig, Prologue
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -33,6 +33,7 @@ class ConvOp:
     weights: tuple[ConvWeights, ...]
     inputs: tuple[int, ...]
     data_layout: str
+    prologue: Prologue | None
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerConv")
@@ -73,9 +74,21 @@ def read_conv(function: relax.Function) -> ConvOp:
         )  # fmt: skip
         shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     layout = str(convs[0].call.attrs.data_layout)
-    operands = [convs[0].data, *([tails[-1].residual] if tails[-1].residual is not None else [])]
+    head = graph.head(convs[0])
+    operands = [
+        convs[0].data if head is None else head.source,
+        *([tails[-1].residual] if tails[-1].residual is not None else []),
+    ]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
-    return ConvOp(str(function.attrs[NAME_ATTR]), shape, tails[-1].epilogue, tuple(weights), inputs, layout)
+    return ConvOp(
+        str(function.attrs[NAME_ATTR]),
+        shape,
+        tails[-1].epilogue,
+        tuple(weights),
+        inputs,
+        layout,
+        head and head.prologue,
+    )
 
 
 @relax.expr_functor.mutator
@@ -100,7 +113,8 @@ class _Lowerer(relax.PyExprMutator):
         if shape not in self.choices:
             self.choices[shape] = schedules.choose(shape, self.device)
         config, estimate = self.choices[shape]
-        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name)
+        prologue = () if op.prologue is None else (op.prologue,)
+        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name, *prologue)
         self.layers.append(_report(op.name, shape, config, estimate))
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape

@@ -74,7 +74,7 @@ def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, s
         *([dense_to_conv] if device.kind == "cuda" else []),
         # Our operators.
         FuseTuckerConv(layer_names),
-        FuseConv2d(),
+        FuseConv2d(prologues=device.kind == "cuda"),
         LowerConv(device, precision),
         relax.transform.CanonicalizeBindings(),
         narrow_activations,

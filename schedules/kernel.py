@@ -9,7 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.schedules.shape import ConvShape, stages_of
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, stages_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,36 @@ class ConvWeights:
 
     kernel: np.ndarray
     bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What is done to a convolution's input where it is read: scale and shift each channel, then clip.
+
+    A batch normalisation and a ReLU before a convolution, as in DenseNet, whose input others read too.
+
+    Parameters
+    ----------
+    scale, shift : numpy.ndarray
+        FP32, shape ``(in_channels,)``.
+    clip_min, clip_max : float, optional
+        Bounds.
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray
+    clip_min: float | None = None
+    clip_max: float | None = None
+
+
+def check_prologue(shape: ConvShape, prologue: Prologue) -> None:
+    """Raise `TdcError` unless a prologue fits a convolution: padding is zero behind it, so there can be none."""
+    if not isinstance(shape, Conv2dShape) or shape.groups > 1 or any(shape.padding):
+        raise TdcError(f"{shape} has stages, groups or padding; only a convolution without can have a prologue")
+    for name in ("scale", "shift"):
+        found = getattr(prologue, name).shape
+        if found != (shape.in_channels,):
+            raise TdcError(f"found a {name} of shape {found} for {shape}, expected {(shape.in_channels,)}")
 
 
 def check_weights(shape: ConvShape, weights: tuple[ConvWeights, ...]) -> None:

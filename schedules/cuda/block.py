@@ -33,6 +33,8 @@ class Buffers:
         FP32, filled up to whole slices.
     residual : Buffer, optional
         Of the output's shape.
+    prologue : Buffer, optional
+        FP32: a scale and then a shift for each channel of the input, filled up to what all blocks read.
     """
 
     x: tirx.Buffer
@@ -40,6 +42,7 @@ class Buffers:
     weights: Sequence[tirx.Buffer]
     biases: Sequence[tirx.Buffer | None]
     residual: tirx.Buffer | None
+    prologue: tirx.Buffer | None = None
 
 
 def local(count: int, dtype: str = "float32") -> tirx.Buffer:

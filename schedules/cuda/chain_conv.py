@@ -20,12 +20,12 @@ from tvm.tirx.script.builder import ir as T
 from tdc_tvm.schedules.cuda.arith import Number, round_up
 from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
-from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_weights
+from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_prologue, pack_weights
 from tdc_tvm.schedules.cuda.plan import MAX_CREWS, MAX_PIXELS, MAX_THREADS, Part
 from tdc_tvm.schedules.cuda.space import MAX_SLICES
 from tdc_tvm.schedules.cuda.work import UNITS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig
+from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig, Prologue
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
 FIELDS = ("tile_h", "tile_w", "split", "deep", "warps", "crews", "group")
@@ -115,8 +115,9 @@ def make_kernel(
     config: KernelConfig,
     device: DeviceSpec,
     name: str,
+    prologue: Prologue | None = None,
 ) -> Kernel:
-    """Build the kernels: parameters ``(x, weights and biases by stage, [residual], out, what lies between)``."""
+    """Build the kernels: parameters ``(x, weights and biases by stage, [prologue, residual], out, between)``."""
     parts, stages = parts_of(shape, config, device), stages_of(shape, config.strategy)
     if config.strategy == "dense":
         weights = (merge(weights),)
@@ -126,6 +127,8 @@ def make_kernel(
         constants[f"weight{number}"] = pack_weights(part, stage, one)
         if one.bias is not None:
             constants[f"bias{number}"] = pack_bias(part, stage, one.bias)
+    if prologue is not None:
+        constants["prologue"] = pack_prologue(parts[0], prologue)
     first, last = stages[0], stages[-1]
     out_shape = (last.batch, last.out_height, last.out_width, last.out_channels)
     between = tuple(
@@ -138,7 +141,7 @@ def make_kernel(
             T.func_attr({"tirx.kernel_launch_params": ["tirx.use_programtic_dependent_launch"]})
         x = T.arg("x", T.buffer((first.batch, first.height, first.width, first.in_channels), dtype))
         given = {
-            key: T.arg(key, T.buffer((array.size,), "float32" if key.startswith("bias") else dtype))
+            key: T.arg(key, T.buffer((array.size,), dtype if key.startswith("weight") else "float32"))
             for key, array in constants.items()
         }
         residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
@@ -156,8 +159,9 @@ def make_kernel(
                 [given[f"weight{i}"] for i in stage_numbers],
                 [given.get(f"bias{i}") for i in stage_numbers],
                 residual if is_last else None,
+                given.get("prologue") if number == 0 else None,
             )
-            chain = Chain(part, epilogue if is_last else Epilogue(), buffers)
+            chain = Chain(part, epilogue if is_last else Epilogue(), buffers, prologue if number == 0 else None)
             _emit_kernel(chain, f"{name}_{number}" if len(parts) > 1 else name)
     flat = tuple(array.reshape(-1) for array in constants.values())
     return Kernel(builder.get(), flat, between)
@@ -174,7 +178,8 @@ def _emit_kernel(chain: Chain, name: str) -> None:
         # Else ptxas stops at 128 registers where more would fit.
         frames.enter_context(T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", min(2, part.resident)))
         frames.enter_context(T.sblock(name))
-        read = [buffers.x, *buffers.weights, *(b for b in (*buffers.biases, buffers.residual) if b is not None)]
+        others = (*buffers.biases, buffers.prologue, buffers.residual)
+        read = [buffers.x, *buffers.weights, *(buffer for buffer in others if buffer is not None)]
         T.reads(*(_whole(buffer) for buffer in read))
         T.writes(_whole(buffers.out))
         # The blocks of a cluster are neighbours.

@@ -26,7 +26,15 @@ from tdc_tvm.schedules.cuda.plan import MAX_PIXELS
 from tdc_tvm.schedules.cuda.space import splits, tiles, tiles_of_eights
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, check_weights
+from tdc_tvm.schedules.kernel import (
+    ConvWeights,
+    Estimate,
+    Kernel,
+    KernelConfig,
+    Prologue,
+    check_prologue,
+    check_weights,
+)
 from tdc_tvm.schedules.shape import (
     MAX_ELEMENTS,
     Conv2dShape,
@@ -241,6 +249,7 @@ def make_kernel(
     config: KernelConfig,
     device: DeviceSpec,
     name: str,
+    prologue: Prologue | None = None,
 ) -> Kernel:
     """Build a kernel and pack its weights.
 
@@ -258,6 +267,8 @@ def make_kernel(
         The GPU to compile for.
     name : str
         What the kernel's block is called.
+    prologue : Prologue, optional
+        What comes before it.
 
     Returns
     -------
@@ -267,13 +278,15 @@ def make_kernel(
     Raises
     ------
     TdcError
-        If the configuration cannot run on the device, or the weights do not fit the shape.
+        If the configuration cannot run on the device, or the weights or the prologue do not fit the shape.
     """
     reason = reject_reason(shape, config, device)
     if reason:
         raise TdcError(f"cannot run {config} for {shape}: {reason}")
     check_weights(shape, weights)
+    if prologue is not None:
+        check_prologue(shape, prologue)
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)
-    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name)
+    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name, prologue)

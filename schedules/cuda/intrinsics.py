@@ -13,6 +13,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.work import WGMMA_ROWS
+from tdc_tvm.schedules.kernel import Prologue
 from tdc_tvm.schedules.shape import Epilogue
 
 # Groups of copies that can be waited past.
@@ -158,6 +159,13 @@ _BODIES = {
   nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *(float*)&pair;
 }""",
+    **{
+        f"tdc_unpack_{dtype}": f"""void tdc_unpack_{dtype}(float* to, const float* from) {{
+  {c_type} pair = *(const {c_type}*)from;
+  to[0] = __low2float(pair), to[1] = __high2float(pair);
+}}"""
+        for dtype, c_type in (("float16", "half2"), ("bfloat16", "nv_bfloat162"))
+    },
     # Of what is sent, mailboxes tell.  This only says that others' mailboxes are open, which have a fence of their
     # own, and that what they were sent has been used: a release would wait for all stores to global memory.
     "tdc_cluster_arrive": """void tdc_cluster_arrive() {
@@ -260,14 +268,14 @@ def barrier() -> None:
     T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
 
 
-def clip(value: ir.Expr, epilogue: Epilogue) -> ir.Expr:
-    """Apply an epilogue's bounds.  A NaN stays one, as in ONNX; CUDA's ``max`` and ``min`` would drop it."""
+def clip(value: ir.Expr, bounds: Epilogue | Prologue) -> ir.Expr:
+    """Apply bounds.  A NaN stays one, as in ONNX; CUDA's ``max`` and ``min`` would drop it."""
     # Bound to a name: TVM makes a branch of a selection among expressions that load.
     value = T.Bind(value)
-    if epilogue.clip_min is not None:
-        bound = tirx.const(epilogue.clip_min, "float32")
+    if bounds.clip_min is not None:
+        bound = tirx.const(bounds.clip_min, "float32")
         value = tirx.Select(value < bound, bound, value)
-    if epilogue.clip_max is not None:
-        bound = tirx.const(epilogue.clip_max, "float32")
+    if bounds.clip_max is not None:
+        bound = tirx.const(bounds.clip_max, "float32")
         value = tirx.Select(value > bound, bound, value)
     return value

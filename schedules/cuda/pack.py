@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tdc_tvm.schedules.cuda.plan import Part
-from tdc_tvm.schedules.kernel import ConvWeights
+from tdc_tvm.schedules.kernel import ConvWeights, Prologue
 
 
 def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
@@ -66,6 +66,14 @@ def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:
     channels = part.slice_channels(stage)
     padded = np.zeros(channels * (part.split if part.has_own_channels(stage) else 1), np.float32)
     padded[: bias.size] = bias
+    return padded
+
+
+def pack_prologue(part: Part, prologue: Prologue) -> np.ndarray:
+    """Scales, then shifts, each filled up with zeros to the channels that all blocks read; FP32."""
+    blocks = part.split if part.is_cluster and part.core_index == 0 else 1
+    padded = np.zeros((2, blocks * part.in_channels(0)), np.float32)
+    padded[:, : prologue.scale.size] = prologue.scale, prologue.shift
     return padded
 
 

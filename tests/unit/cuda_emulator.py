@@ -201,6 +201,13 @@ template <class T> static float pack(float low, float high) {
 }
 static float tdc_pack_float16(float low, float high) { return pack<half>(low, high); }
 static float tdc_pack_bfloat16(float low, float high) { return pack<nv_bfloat16>(low, high); }
+template <class T> static void unpack(float* to, const float* from) {
+  T pair[2];
+  memcpy(pair, from, 4);
+  to[0] = float(pair[0]), to[1] = float(pair[1]);
+}
+static void tdc_unpack_float16(float* to, const float* from) { unpack<half>(to, from); }
+static void tdc_unpack_bfloat16(float* to, const float* from) { unpack<nv_bfloat16>(to, from); }
 static float tdc_tf32(float value) {
   uint32_t word;
   memcpy(&word, &value, 4);

@@ -20,9 +20,11 @@ from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
 from tdc_tvm.schedules.cuda.chain_conv import FIELDS, parts_of
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
+from tdc_tvm.schedules.cuda.pack import round_to
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
+from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import GPUS
-from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
+from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig, Prologue
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
 
 _spec = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "scripts" / "gpu_check.py")
@@ -410,7 +412,8 @@ def test_tiles_of_as_many_pixels_are_tried_once_where_there_is_no_window():
     assert len(pointwise) == len({rows * columns for rows, columns in pointwise})
     # 56 x 56 are 49 tiles of 8 x 8, but 56 of 2 x 32.
     assert (8, 8) in pointwise
-    assert {(8, 8), (4, 16), (16, 4)} <= windowed
+    assert {(8, 8), (4, 16), (8, 4)} <= windowed
+    assert (16, 4) not in windowed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -565,3 +568,57 @@ def test_picks_keep_their_arrays_in_registers(tmp_path, name):
     assert {kernel.arch for kernel in kernels} == {device.arch}
     # A few bytes of registers that the compiler saves outside of the loops; arrays must not be among them.
     assert max(kernel.local_bytes for kernel in kernels) <= 32
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_input_is_scaled_shifted_and_clipped_where_it_is_read(tmp_path, precision):
+    """In shared memory and on the way from global memory, of whole vectors and of others, by all units."""
+    small = replace(H100, core_count=2, smem_per_block_optin_bytes=40 * 1024)
+    plain = Conv2dShape(2, 9, 8, 72, 40, stride=(2, 1))
+    odd = Conv2dShape(1, 7, 5, 33, 17)
+    windowed = Conv2dShape(1, 9, 12, 40, 24, (3, 2), dilation=(2, 1))
+    functions, data, ways = {}, {}, set()
+    for shape, device in ((plain, H100), (plain, small), (odd, H100), (windowed, H100), (windowed, small)):
+        shape = shape.with_precision(precision)
+        chosen = {}
+        for config in conv.candidates(shape, device):
+            parts = parts_of(shape, config, device)
+            way = (parts[0].unit.name, bool(parts[0].is_staged), bool(parts[0].is_cluster), parts[0].rounds > 1)
+            chosen.setdefault(way, config)
+        ways.update(chosen)
+        for config in chosen.values():
+            name = f"case{len(functions)}"
+            rng = np.random.default_rng(len(functions))
+            case = gpu_check.Case(shape, PLAIN, (True,))
+            weights, (x, _) = gpu_check.make_weights(case, rng), gpu_check.make_inputs(case, rng)
+            scale, shift = rng.standard_normal((2, x.shape[-1])).astype(np.float32)
+            prologue = Prologue(scale, shift, 0.0, 2.5)
+            kernel = conv.make_kernel(case.shape, PLAIN, weights, config, device, "conv", prologue)
+            prepared = np.clip(x.astype(np.float32) * scale + shift, 0.0, 2.5)
+            prepared = round_to(precision, prepared).astype(np.float64)
+            functions[name] = kernel.func
+            data[name] = x, kernel, gpu_check.reference(case, prepared, weights, None), f"{shape} {config}"
+    emulator = Emulator(functions, tmp_path)
+    for name, (x, kernel, expected, text) in data.items():
+        out = np.full(expected.shape, np.nan, x.dtype)
+        between = [np.full(extents, np.nan, x.dtype) for extents in kernel.between]
+        emulator(name, [x, *kernel.constants, out, *between])
+        assert gpu_check.error_of(out, expected) <= 2 * gpu_check.tolerance(precision, 240), text
+    assert {unit for unit, *_ in ways} == {unit.name for (one, _), unit in UNITS.items() if one == precision}
+    assert {is_staged for _, is_staged, _, _ in ways} == {is_cluster for _, _, is_cluster, _ in ways} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"padding": SAME, "kernel": (3, 3)}, "has stages, groups or padding; only a convolution without can have a"),
+        ({"groups": 8}, "has stages, groups or padding"),
+        ({"in_channels": 24}, r"found a scale of shape \(16,\) for .*, expected \(24,\)"),
+    ],
+)
+def test_prologues_that_do_not_fit(changes, message):
+    shape = replace(Conv2dShape(1, 7, 7, 16, 16), **changes)
+    prologue = Prologue(np.ones(16, np.float32), np.ones(16, np.float32))
+    config = conv.choose(shape, H100)[0]
+    with pytest.raises(TdcError, match=message):
+        conv.make_kernel(shape, PLAIN, weights_for(shape), config, H100, "conv", prologue)

@@ -20,7 +20,7 @@ from tdc_tvm.verify import reference_outputs
 TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 5e-3}
 
 
-def network(batch=1):
+def network(batch=2):
     """A stem, a pool, a Tucker layer with a residual, a grouped convolution, a concatenation and two dense layers."""
     b = ModelBuilder(seed=3)
     x = b.input("x", (batch, 3, 18, 14))
@@ -34,6 +34,20 @@ def network(batch=1):
     y = b.node("Relu", b.node("Gemm", y, b.random((24, 32)), b.random((24,)), transB=1))
     y = b.node("Add", b.node("MatMul", y, b.random((24, 10))), b.random((10,)))
     return b.build(y)
+
+
+def dense_block():
+    """As in a DenseNet: what three layers give, each normalised where the next one reads it."""
+    b = ModelBuilder(seed=4)
+    features = b.conv(b.input("x", (2, 8, 7, 6)), 8, 16)
+    for layer in range(3):
+        channels = 16 + 8 * layer
+        y = b.node("Relu", b.batch_norm(features, channels))
+        y = b.node("Relu", b.batch_norm(b.conv(y, channels, 24), 24))
+        x = b.tucker(y, 24, (8, 8), 8, pads=[1] * 4)
+        features = b.node("Concat", features, x, axis=1)
+    y = b.node("Relu", b.batch_norm(features, 40))
+    return b.build(b.node("AveragePool", b.conv(y, 40, 20), kernel_shape=[2, 2], strides=[2, 2]))
 
 
 @relax.expr_functor.mutator
@@ -93,9 +107,10 @@ def emulated_outputs(model, precision, values, folder):
 
 @needs_compiler
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_a_network_is_right_in_every_precision(precision, tmp_path):
-    model = network(batch=2)
-    x = np.random.default_rng(0).standard_normal((2, 3, 18, 14)).astype(np.float32)
+@pytest.mark.parametrize(("make", "shape"), [(network, (2, 3, 18, 14)), (dense_block, (2, 8, 7, 6))])
+def test_a_network_is_right_in_every_precision(make, shape, precision, tmp_path):
+    model = make()
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     (expected,) = reference_outputs(model, {"x": x})
     have = emulated_outputs(model, precision, [x], tmp_path)
     assert have.dtype == expected.dtype
@@ -129,6 +144,13 @@ def test_bf16_builds():
     report = build(network(), "sm_90", "bf16", verify=False).report
     assert report.precision == "bf16"
     assert [layer.shape.rpartition(" ")[2] for layer in report.layers] == ["bf16", "bf16", "16", "bf16", "bf16"]
+
+
+def test_normalisation_and_activation_before_a_convolution_are_its_prologue():
+    main = graph_of(dense_block(), "fp32")["main"]
+    for op in ("multiply", "add", "nn.relu"):
+        assert types_of(main, f"relax.{op}") == []
+    assert len(types_of(main, "relax.concat")) == 3
 
 
 def test_dense_layers_take_bias_and_activation_along():

@@ -319,7 +319,7 @@ def test_an_interrupted_build_ends_at_once_and_is_no_build(tmp_path):
     while not list(tmp_path.glob("tmp*")) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=30)[1].splitlines()[-1] == "interrupted"
+    assert process.communicate(timeout=120)[1].splitlines()[-1] == "interrupted"
     assert process.returncode == 130
     assert not list(tmp_path.iterdir())
 
