@@ -156,7 +156,8 @@ class Graph:
         if shape.groups > 1 or any(shape.padding):
             return None
         scale = shift = low = high = None
-        source, reader, variables = conv.data, conv.var, []
+        source, reader = conv.data, conv.var
+        variables: list[relax.Var] = []
         # From the convolution upwards: bounds, then what is added, then what is multiplied.
         while isinstance(source, relax.Var) and source in self.values and self._is_read_by(source, reader):
             call = self.values[source]

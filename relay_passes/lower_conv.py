@@ -74,21 +74,11 @@ def read_conv(function: relax.Function) -> ConvOp:
         )  # fmt: skip
         shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     layout = str(convs[0].call.attrs.data_layout)
-    head = graph.head(convs[0])
-    operands = [
-        convs[0].data if head is None else head.source,
-        *([tails[-1].residual] if tails[-1].residual is not None else []),
-    ]
+    head, residual = graph.head(convs[0]), tails[-1].residual
+    operands = [convs[0].data if head is None else head.source, *(() if residual is None else (residual,))]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
-    return ConvOp(
-        str(function.attrs[NAME_ATTR]),
-        shape,
-        tails[-1].epilogue,
-        tuple(weights),
-        inputs,
-        layout,
-        head and head.prologue,
-    )
+    name, prologue = str(function.attrs[NAME_ATTR]), None if head is None else head.prologue
+    return ConvOp(name, shape, tails[-1].epilogue, tuple(weights), inputs, layout, prologue)
 
 
 @relax.expr_functor.mutator
