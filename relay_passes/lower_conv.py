@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
 
+from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
 from tdc_tvm.relay_passes.graph import Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
 from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig, Prologue
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue, TuckerConvShape
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig, Prologue, Strips
+from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -89,12 +92,42 @@ class _Lowerer(relax.PyExprMutator):
         self.device, self.precision = device, precision
         self.layers: list[LayerReport] = []
         self.choices: dict[ConvShape, tuple[KernelConfig, Estimate]] = {}
+        # Of GPUs' kernels, which can read and write strips; the tensors, as far as they are written.
+        self.plan = StripPlan.of(mod) if device.kind == "cuda" else StripPlan()
+        self.tensors: dict[relax.Var, relax.Var] = {}
+        self.target: Strip | None = None
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        var, plan = binding.var, self.plan
+        if var in plan.read:
+            shared = plan.read[var].shared
+            # The whole of it is a tensor as any other.
+            is_whole = var.same_as(shared)
+            tensor = self.tensors[shared]
+            self.set_var_remap(var, self._cast(tensor, "float32") if is_whole else tensor)
+            return
+        self.target = plan.written.get(var)
+        super().visit_var_binding_(binding)
+        self.target = None
+        if var in plan.written:
+            self.tensors[plan.written[var].shared] = self.get_var_remap(var)
+        if var in plan.firsts:
+            self._begin_tensor(self.visit_expr(var), plan.firsts[var])
+
+    def _begin_tensor(self, first: relax.Expr, strip: Strip) -> None:
+        """Copy the first strip to a tensor that has room for all."""
+        first = self._cast(first, DTYPES[self.precision])
+        shape = tuple(int(extent) for extent in first.ty.shape)
+        callee = self.builder_.add_func(copy_strip(shape, strip.width, str(first.ty.dtype)), "copy_strip")
+        out = relax.TensorType((*shape[:3], strip.width), str(first.ty.dtype))
+        self.tensors[strip.shared] = self.builder_.emit(relax.call_tir(callee, relax.Tuple([first]), out))
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        call = super().visit_call_(call)
         function = self.mod[call.op] if isinstance(call.op, tvm.ir.GlobalVar) else None
         if not isinstance(function, relax.Function) or KIND_ATTR not in (function.attrs or {}):
-            return call
+            return super().visit_call_(call)
+        # Not as a call: what is read can be wider than what it stands for.
+        args, target = [self.visit_expr(arg) for arg in call.args], self.target
         op = read_conv(function)
         schedules, shape = backend(self.device), op.shape
         # What has groups is computed in FP32.
@@ -103,20 +136,33 @@ class _Lowerer(relax.PyExprMutator):
         if shape not in self.choices:
             self.choices[shape] = schedules.choose(shape, self.device)
         config, estimate = self.choices[shape]
-        prologue = () if op.prologue is None else (op.prologue,)
-        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name, *prologue)
+        more: tuple = ()
+        if self.device.kind == "cuda":
+            view = self.plan.read.get(call.args[op.inputs[0]])
+            width, start = (None, 0) if target is None else (target.width, target.start)
+            more = (op.prologue, Strips(view.width if view else None, width, start))
+        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name, *more)
         self.layers.append(_report(op.name, shape, config, estimate))
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
-        operands = (self._cast(call.args[i], dense.dtype) for i in op.inputs)
-        x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in operands)
+        given = (self._cast(args[i], dense.dtype) for i in op.inputs)
+        x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in given)
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
-        out = (dense.batch, dense.out_height, dense.out_width, dense.out_channels)
+        channels = dense.out_channels if target is None else target.width
+        out = (dense.batch, dense.out_height, dense.out_width, channels)
+        operands = [x, *constants, *residual]
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
-        result = relax.call_tir(callee, relax.Tuple([x, *constants, *residual]), types)
+        if target is None:
+            result = relax.call_tir(callee, relax.Tuple(operands), types)
+        else:
+            places = [len(operands), *[-1] * len(kernel.between)]
+            operands.append(self.tensors[target.shared])
+            result = relax.op.call_tir_inplace(callee, relax.Tuple(operands), places, types)
         if kernel.between:
             result = self.builder_.emit(relax.TupleGetItem(self.builder_.emit(result), 0))
+        if target is not None:
+            return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
 
@@ -134,3 +180,19 @@ def _report(name: str, shape: ConvShape, config: KernelConfig, estimate: Estimat
         ranks = (shape.rank_out, shape.rank_in)
         return LayerReport(name, "tucker_conv", str(shape.dense), ranks, True, "", *chosen)
     return LayerReport(name, "conv2d", str(shape), None, False, "not a Tucker layer", *chosen)
+
+
+def copy_strip(shape: tuple[int, ...], width: int, dtype: str) -> tvm.tirx.PrimFunc:
+    """A function, not scheduled, that copies a tensor to the first channels of one that has ``width`` of them."""
+    # As in functions of TVM's operators, that they can be one kernel together.
+    extents = [tvm.tirx.IntImm("int64", extent) for extent in shape]
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer(extents, dtype))
+        out = T.arg("out", T.buffer((*extents[:3], tvm.tirx.IntImm("int64", width)), dtype))
+        with T.grid(*extents) as loops, T.sblock("copy"):
+            at = [T.axis.spatial(extent, loop) for extent, loop in zip(extents, loops, strict=True)]
+            T.reads(x[tuple(at)])
+            T.writes(out[tuple(at)])
+            T.buffer_store(out, x[tuple(at)], at)
+    return builder.get()

@@ -48,6 +48,25 @@ class Prologue:
     clip_max: float | None = None
 
 
+@dataclass(frozen=True)
+class Strips:
+    """Where a convolution's channels lie in tensors that hold more: those of concatenated results.
+
+    Parameters
+    ----------
+    in_width : int, optional
+        Channels of the tensor that the input is the first of; by default there are no others.
+    out_width : int, optional
+        Channels of the tensor that the output is a part of.
+    out_start : int
+        The output's first channel there.
+    """
+
+    in_width: int | None = None
+    out_width: int | None = None
+    out_start: int = 0
+
+
 def check_prologue(shape: ConvShape, prologue: Prologue) -> None:
     """Raise `TdcError` unless a prologue fits a convolution: padding is zero behind it, so there can be none."""
     if not isinstance(shape, Conv2dShape) or shape.groups > 1 or any(shape.padding):

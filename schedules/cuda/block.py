@@ -26,7 +26,7 @@ class Buffers:
     Parameters
     ----------
     x, out : Buffer
-        NHWC, ``in_width`` and ``out_width`` channels.
+        NHWC; the first ``in_width`` channels, and ``out_width`` from ``out_start`` on.
     weights : sequence of Buffer
         A flat one for each stage.
     biases : sequence of Buffer or None
@@ -43,6 +43,12 @@ class Buffers:
     biases: Sequence[tirx.Buffer | None]
     residual: tirx.Buffer | None
     prologue: tirx.Buffer | None = None
+    out_start: int = 0
+
+    @property
+    def in_pitch(self) -> int:
+        """Elements from a pixel of the input to the next."""
+        return int(self.x.shape[-1])
 
 
 def local(count: int, dtype: str = "float32") -> tirx.Buffer:

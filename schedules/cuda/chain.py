@@ -287,7 +287,7 @@ class Chain(Block):
                 y >= 0,
                 y < conv.height,
             )
-            from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * part.in_width))
+            from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * self.buffers.in_pitch))
             word = self.place_of(0, at, pixel + step * (rows * width), vector)
             self.copy_vector(word, from_, inside, channel)
 
@@ -377,7 +377,7 @@ class Chain(Block):
     def offset(self, image: ir.Expr, y: ir.Expr, x: ir.Expr) -> ir.Expr:
         """Where a pixel of the input begins in memory, in elements."""
         conv = self.part.stages[0]
-        return ((image * conv.height + y) * conv.width + x) * self.part.in_width
+        return ((image * conv.height + y) * conv.width + x) * self.buffers.in_pitch
 
     def stage(self, stage: int) -> None:
         """Compute a stage."""
@@ -667,6 +667,7 @@ class Chain(Block):
     def store(self, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
         """Apply the epilogue and store to the output."""
         part, epilogue, out, residual = self.part, self.epilogue, self.buffers.out, self.buffers.residual
+        start = self.buffers.out_start
         core = part.core
         y, x = self.place_in_tile(pixel)
         y, x = T.Bind(self.tile.out_y0 + y), T.Bind(self.tile.out_x0 + x)
@@ -684,13 +685,13 @@ class Chain(Block):
             if not whole:
                 with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
                     value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
-                    T.buffer_store(out, value, [self.tile.image, y, x, channel + row])
+                    T.buffer_store(out, value, [self.tile.image, y, x, start + channel + row])
                 return
             words, count = (values, rows) if self.unit.dtype == "float32" else self.to_words(values, rows)
-            for start in range(0, count, 4):
-                width = min(4, count - start)
-                to = address(out, self.tile.image, y, x, channel + start * 4 // self.unit.element_bytes)
-                run(f"tdc_move{width}", to, address(words, start))
+            for first in range(0, count, 4):
+                width = min(4, count - first)
+                to = address(out, self.tile.image, y, x, start + channel + first * 4 // self.unit.element_bytes)
+                run(f"tdc_move{width}", to, address(words, first))
 
         inside = all_of(
             self.tile.exists,

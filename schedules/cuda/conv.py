@@ -32,6 +32,7 @@ from tdc_tvm.schedules.kernel import (
     Kernel,
     KernelConfig,
     Prologue,
+    Strips,
     check_prologue,
     check_weights,
 )
@@ -250,6 +251,7 @@ def make_kernel(
     device: DeviceSpec,
     name: str,
     prologue: Prologue | None = None,
+    strips: Strips | None = None,
 ) -> Kernel:
     """Build a kernel and pack its weights.
 
@@ -269,6 +271,8 @@ def make_kernel(
         What the kernel's block is called.
     prologue : Prologue, optional
         What comes before it.
+    strips : Strips, optional
+        Where the input and the output lie in wider tensors.
 
     Returns
     -------
@@ -289,4 +293,4 @@ def make_kernel(
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)
-    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name, prologue)
+    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name, prologue, strips or Strips())

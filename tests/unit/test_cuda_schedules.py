@@ -24,7 +24,7 @@ from tdc_tvm.schedules.cuda.pack import round_to
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import GPUS
-from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig, Prologue
+from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig, Prologue, Strips
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
 
 _spec = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "scripts" / "gpu_check.py")
@@ -622,3 +622,28 @@ def test_prologues_that_do_not_fit(changes, message):
     config = conv.choose(shape, H100)[0]
     with pytest.raises(TdcError, match=message):
         conv.make_kernel(shape, PLAIN, weights_for(shape), config, H100, "conv", prologue)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
+    shape = Conv2dShape(2, 9, 8, 64, 32, (3, 3), (2, 1), SAME, precision=precision)
+    strips, functions, data = Strips(96, 80, 16), {}, {}
+    configs = conv.candidates(shape, H100)
+    for config in configs[:: len(configs) // 12]:
+        name = f"case{len(functions)}"
+        rng = np.random.default_rng(len(functions))
+        case = gpu_check.Case(shape, Epilogue(True, 0.0), (True,))
+        weights, (x, residual) = gpu_check.make_weights(case, rng), gpu_check.make_inputs(case, rng)
+        # What is not of the strips must not be looked at, or changed.
+        wide = np.full((*x.shape[:3], 96), np.nan, x.dtype)
+        wide[..., :64] = x
+        kernel = conv.make_kernel(shape, case.epilogue, weights, config, H100, "conv", None, strips)
+        functions[name] = kernel.func
+        data[name] = [wide, *kernel.constants, residual], gpu_check.reference(case, x, weights, residual), str(config)
+    emulator = Emulator(functions, tmp_path)
+    for name, (inputs, expected, text) in data.items():
+        out = np.full((*expected.shape[:3], 80), np.nan, inputs[0].dtype)
+        emulator(name, [*inputs, out])
+        assert gpu_check.error_of(out[..., 16:48], expected) <= gpu_check.tolerance(precision, case.depth), text
+        assert np.isnan(out[..., :16]).all()
+        assert np.isnan(out[..., 48:]).all()

@@ -39,15 +39,15 @@ def network(batch=2):
 def dense_block():
     """As in a DenseNet: what three layers give, each normalised where the next one reads it."""
     b = ModelBuilder(seed=4)
-    features = b.conv(b.input("x", (2, 8, 7, 6)), 8, 16)
+    features = b.node("MaxPool", b.conv(b.input("x", (2, 8, 7, 6)), 8, 32), kernel_shape=[1, 1])
     for layer in range(3):
-        channels = 16 + 8 * layer
+        channels = 32 + 32 * layer
         y = b.node("Relu", b.batch_norm(features, channels))
         y = b.node("Relu", b.batch_norm(b.conv(y, channels, 24), 24))
-        x = b.tucker(y, 24, (8, 8), 8, pads=[1] * 4)
+        x = b.tucker(y, 24, (8, 8), 32, pads=[1] * 4)
         features = b.node("Concat", features, x, axis=1)
-    y = b.node("Relu", b.batch_norm(features, 40))
-    return b.build(b.node("AveragePool", b.conv(y, 40, 20), kernel_shape=[2, 2], strides=[2, 2]))
+    y = b.node("Relu", b.batch_norm(features, 128))
+    return b.build(b.node("AveragePool", b.conv(y, 128, 20), kernel_shape=[2, 2], strides=[2, 2]))
 
 
 @relax.expr_functor.mutator
@@ -56,16 +56,22 @@ class _Emulated(relax.PyExprMutator):
 
     def __init__(self, mod, prefix):
         super().__init__(mod)
-        self.mod, self.prefix, self.kernels = mod, prefix, {}
+        self.mod, self.prefix, self.kernels, self.operands = mod, prefix, {}, {}
 
     def visit_call_(self, call):
         call = super().visit_call_(call)
-        if call.op.name != "relax.call_tir" or CONFIG_ATTR not in (self.mod[call.args[0]].attrs or {}):
+        in_place = call.op.name == "relax.call_tir_inplace"
+        if not (in_place or call.op.name == "relax.call_tir"):
+            return call
+        if CONFIG_ATTR not in (self.mod[call.args[0]].attrs or {}):
             return call
         name = str(call.args[0].name_hint)
-        self.kernels[name] = self.mod[call.args[0]]
         types = call.ty_args[0]
         types = list(types.fields) if isinstance(types, relax.TupleType) else [types]
+        self.kernels[name] = self.mod[call.args[0]]
+        if in_place:
+            # Emulated as a function of the tensor before: the last operand, a copy of which becomes the first result.
+            self.operands[name] = len(call.args[1].fields)
         return relax.call_dps_packed(self.prefix + name, call.args[1], types)
 
 
@@ -83,14 +89,21 @@ def emulated_outputs(model, precision, values, folder):
     prefix = f"tdc_test.{folder.name}."
     emulated = _Emulated(graph, prefix)
     main = emulated.visit_expr(graph["main"])
-    mod = tvm.IRModule({"main": main})
+    others = {var: func for var, func in graph.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
+    kept = {var: func for var, func in others.items() if CONFIG_ATTR not in (func.attrs or {})}
+    mod = tvm.IRModule({"main": main, **kept})
     emulator = Emulator(emulated.kernels, folder)
 
     def make(name):
         def run(*tensors):
             arrays = [tensor.numpy() for tensor in tensors]
+            count = emulated.operands.get(name, 0)
+            if count:
+                base = arrays.pop(count - 1)
+                arrays[count - 1] = base.copy()
             emulator(name, arrays)
-            for tensor, array in zip(tensors, arrays, strict=True):
+            written = tensors[count:]
+            for tensor, array in zip(written, arrays[-len(written) :], strict=True):
                 tensor.copyfrom(array)
 
         return run
@@ -150,7 +163,12 @@ def test_normalisation_and_activation_before_a_convolution_are_its_prologue():
     main = graph_of(dense_block(), "fp32")["main"]
     for op in ("multiply", "add", "nn.relu"):
         assert types_of(main, f"relax.{op}") == []
-    assert len(types_of(main, "relax.concat")) == 3
+
+
+def test_what_is_concatenated_is_written_where_it_will_stand():
+    main = graph_of(dense_block(), "fp16")["main"]
+    assert types_of(main, "relax.concat") == []
+    assert types_of(main, "relax.call_tir_inplace") == ["float16"] * 3
 
 
 def test_dense_layers_take_bias_and_activation_along():
@@ -169,3 +187,60 @@ def test_dense_layers_take_bias_and_activation_along():
 def test_precisions_that_a_device_does_not_have(target, precision, message):
     with pytest.raises(TdcError, match=message):
         build(network(), target, precision, verify=False)
+
+
+def concatenation(after=lambda b, parts: b.node("Concat", *parts, axis=1), channels=32):
+    """Two convolutions of what one gives, and what ``after`` makes of all three."""
+    b = ModelBuilder(seed=5)
+    x = b.conv(b.input("x", (1, 8, 6, 5)), 8, 32)
+    parts = [x, b.conv(x, 32, channels), b.conv(x, 32, 32, 3, pads=[1] * 4)]
+    return b.build(after(b, parts))
+
+
+def read_besides(b, parts):
+    return b.node("Concat", b.node("Sigmoid", parts[1]), b.node("Concat", *parts, axis=1), axis=1)
+
+
+def begins_and_ends_with_two(b, parts):
+    return b.node(
+        "Concat", b.node("Concat", *parts[:2], axis=1), parts[2], b.node("Concat", *parts[:2], axis=1), axis=1
+    )
+
+
+def two_read_by_another_operator(b, parts):
+    two = b.node("Concat", *parts[:2], axis=1)
+    return b.node("Concat", b.node("Concat", two, parts[2], axis=1), b.node("Sigmoid", two), axis=1)
+
+
+def one_twice(b, parts):
+    return b.node("Concat", *parts, parts[1], axis=1)
+
+
+def first_is_last(b, parts):
+    return b.node("Concat", b.node("Sigmoid", parts[2]), parts[1], axis=1)
+
+
+def of_rows(b, parts):
+    return b.node("Concat", *parts, axis=2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("model", "in_place"),
+    [
+        (concatenation(), 2),
+        (concatenation(channels=24), 0),
+        (concatenation(read_besides), 0),
+        (concatenation(begins_and_ends_with_two), 1),
+        (concatenation(two_read_by_another_operator), 1),
+        (concatenation(one_twice), 0),
+        (concatenation(first_is_last), 0),
+        (concatenation(of_rows), 0),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else None,
+)
+def test_concatenations_in_place_and_others(model, in_place, tmp_path):
+    x = np.random.default_rng(0).standard_normal((1, 8, 6, 5)).astype(np.float32)
+    (expected,) = reference_outputs(model, {"x": x})
+    assert len(types_of(graph_of(model, "fp32")["main"], "relax.call_tir_inplace")) == in_place
+    np.testing.assert_allclose(emulated_outputs(model, "fp32", [x], tmp_path), expected, rtol=0, atol=1e-5)
