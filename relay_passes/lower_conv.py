@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -11,6 +11,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
+from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.graph import Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
@@ -133,21 +134,31 @@ class _Lowerer(relax.PyExprMutator):
         # What has groups is computed in FP32.
         if not (isinstance(shape, Conv2dShape) and shape.groups > 1):
             shape = shape.with_precision(self.precision)
-        if shape not in self.choices:
-            self.choices[shape] = schedules.choose(shape, self.device)
-        config, estimate = self.choices[shape]
-        more: tuple = ()
+        (config, estimate), weights, more, folded = self._choose(shape), op.weights, (), None
         if self.device.kind == "cuda":
+            folded = Folded.of(shape) if isinstance(shape, Conv2dShape) and op.prologue is None else None
+            if folded is not None and self._choose(folded.shape)[1].latency_us >= estimate.latency_us:
+                folded = None
             view = self.plan.read.get(call.args[op.inputs[0]])
             width, start = (None, 0) if target is None else (target.width, target.start)
-            more = (op.prologue, Strips(view.width if view else None, width, start))
-        kernel = schedules.make_kernel(shape, op.epilogue, op.weights, config, self.device, op.name, *more)
+            strips = Strips(view.width if view else None, None, width, start)
+            if folded is not None:
+                config, estimate = self._choose(folded.shape)
+                weights = (folded.weights(*op.weights),)
+                strips = replace(strips, in_width=folded.pitch, in_columns=folded.columns)
+            more = (op.prologue, strips)
+        computed = shape if folded is None else folded.shape
+        kernel = schedules.make_kernel(computed, op.epilogue, weights, config, self.device, op.name, *more)
         self.layers.append(_report(op.name, shape, config, estimate))
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
         given = (self._cast(args[i], dense.dtype) for i in op.inputs)
         x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in given)
+        if folded is not None:
+            packed = relax.TensorType((dense.batch, dense.height, folded.columns, folded.pitch), dense.dtype)
+            packer = self.builder_.add_func(folded.packer(), "fold_width")
+            x = self.builder_.emit(relax.call_tir(packer, relax.Tuple([x]), packed))
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
         channels = dense.out_channels if target is None else target.width
         out = (dense.batch, dense.out_height, dense.out_width, channels)
@@ -165,6 +176,12 @@ class _Lowerer(relax.PyExprMutator):
             return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
+
+    def _choose(self, shape: ConvShape) -> tuple[KernelConfig, Estimate]:
+        """The model's choice, the same for the same shape."""
+        if shape not in self.choices:
+            self.choices[shape] = backend(self.device).choose(shape, self.device)
+        return self.choices[shape]
 
     def _cast(self, value: relax.Expr, dtype: str) -> relax.Expr:
         value = self.builder_.normalize(value)

@@ -55,7 +55,10 @@ class Strips:
     Parameters
     ----------
     in_width : int, optional
-        Channels of the tensor that the input is the first of; by default there are no others.
+        Channels of the tensor that the input is the first of; by default there are no others.  Fewer than there are
+        of the input overlap: each pixel then reads the next ones', too.
+    in_columns : int, optional
+        Pixels of a row of that tensor.
     out_width : int, optional
         Channels of the tensor that the output is a part of.
     out_start : int
@@ -63,6 +66,7 @@ class Strips:
     """
 
     in_width: int | None = None
+    in_columns: int | None = None
     out_width: int | None = None
     out_start: int = 0
 

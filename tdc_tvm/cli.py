@@ -72,7 +72,10 @@ TargetOption = Annotated[
         help="auto, llvm, cuda, sm_80, sm_90, or a TVM tag such as nvidia/nvidia-h100.",
     ),
 ]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Arithmetic of the compiled model.")]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", metavar="NAME", help="Arithmetic: fp32; on GPUs also tf32, fp16 and bf16."),
+]
 RanksOption = Annotated[
     str | None,
     typer.Option(

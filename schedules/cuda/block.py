@@ -50,6 +50,11 @@ class Buffers:
         """Elements from a pixel of the input to the next."""
         return int(self.x.shape[-1])
 
+    @property
+    def in_row(self) -> int:
+        """Elements from a row of the input to the next."""
+        return int(self.x.shape[-2]) * self.in_pitch
+
 
 def local(count: int, dtype: str = "float32") -> tirx.Buffer:
     """Registers."""

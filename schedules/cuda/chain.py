@@ -287,7 +287,7 @@ class Chain(Block):
                 y >= 0,
                 y < conv.height,
             )
-            from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * conv.width * self.buffers.in_pitch))
+            from_ = address(self.buffers.x, 0, 0, 0, start + step * (rows * self.buffers.in_row))
             word = self.place_of(0, at, pixel + step * (rows * width), vector)
             self.copy_vector(word, from_, inside, channel)
 
@@ -376,8 +376,7 @@ class Chain(Block):
 
     def offset(self, image: ir.Expr, y: ir.Expr, x: ir.Expr) -> ir.Expr:
         """Where a pixel of the input begins in memory, in elements."""
-        conv = self.part.stages[0]
-        return ((image * conv.height + y) * conv.width + x) * self.buffers.in_pitch
+        return (image * self.part.stages[0].height + y) * self.buffers.in_row + x * self.buffers.in_pitch
 
     def stage(self, stage: int) -> None:
         """Compute a stage."""

@@ -141,7 +141,8 @@ def make_kernel(
         if device.compute_capability >= 90:
             T.func_attr({"tirx.kernel_launch_params": ["tirx.use_programtic_dependent_launch"]})
         in_width, out_width = strips.in_width or first.in_channels, strips.out_width or last.out_channels
-        x = T.arg("x", T.buffer((first.batch, first.height, first.width, in_width), dtype))
+        columns = strips.in_columns or first.width
+        x = T.arg("x", T.buffer((first.batch, first.height, columns, in_width), dtype))
         given = {
             key: T.arg(key, T.buffer((array.size,), dtype if key.startswith("weight") else "float32"))
             for key, array in constants.items()

@@ -189,7 +189,7 @@ class Pixels:
             if chain.reads_padding(self.stage):
                 row, column = self.rows[j] + y, self.columns[j] + x
                 inside = tirx.all(row >= 0, row < conv.height, column >= 0, column < conv.width)
-                start = self.starts[j] + (y * conv.width + x) * chain.buffers.in_pitch
+                start = self.starts[j] + y * chain.buffers.in_row + x * chain.buffers.in_pitch
                 chain.load_input(registers, j, start, step % self.per_tap * part.unit.depth, inside)
             else:
                 chain.load_input(registers, j, self.starts[j], step * part.unit.depth, tirx.const(True, "bool"))

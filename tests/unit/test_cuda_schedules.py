@@ -627,7 +627,7 @@ def test_prologues_that_do_not_fit(changes, message):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
     shape = Conv2dShape(2, 9, 8, 64, 32, (3, 3), (2, 1), SAME, precision=precision)
-    strips, functions, data = Strips(96, 80, 16), {}, {}
+    strips, functions, data = Strips(96, None, 80, 16), {}, {}
     configs = conv.candidates(shape, H100)
     for config in configs[:: len(configs) // 12]:
         name = f"case{len(functions)}"

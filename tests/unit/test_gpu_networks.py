@@ -1,20 +1,25 @@
 """Whole networks for a GPU, their kernels emulated, and what TVM schedules compiled for the CPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
 import tvm_ffi
 from cuda_emulator import Emulator
 from onnx_models import ModelBuilder
-from test_cuda_schedules import needs_compiler
+from test_cuda_schedules import SAME, gpu_check, needs_compiler
 from tvm import relax
 from tvm.target import Target
 
 from tdc_tvm.compiler import _compiling, _graph, _prepare, build
 from tdc_tvm.errors import TdcError
 from tdc_tvm.onnx_rewrite import simplify
+from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.pipeline import lowering_passes
 from tdc_tvm.schedules.cuda.lowering import CONFIG_ATTR
+from tdc_tvm.schedules.kernel import ConvWeights
+from tdc_tvm.schedules.shape import Conv2dShape
 from tdc_tvm.verify import reference_outputs
 
 TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 5e-3}
@@ -244,3 +249,41 @@ def test_concatenations_in_place_and_others(model, in_place, tmp_path):
     (expected,) = reference_outputs(model, {"x": x})
     assert len(types_of(graph_of(model, "fp32")["main"], "relax.call_tir_inplace")) == in_place
     np.testing.assert_allclose(emulated_outputs(model, "fp32", [x], tmp_path), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "pitch", "depth"),
+    [
+        # Seven pixels of four channels, and of the next pixel's to whole vectors.
+        (Conv2dShape(1, 224, 224, 3, 64, (7, 7), (2, 2), (3, 3, 3, 3), precision="fp16"), 4, 8, 32),
+        (Conv2dShape(1, 224, 224, 3, 64, (7, 7), (2, 2), (3, 3, 3, 3)), 4, 8, 28),
+        (Conv2dShape(2, 9, 8, 3, 16, (3, 3), (1, 1), SAME, precision="fp16"), 8, 8, 24),
+        (Conv2dShape(2, 9, 8, 1, 16, (2, 4), (1, 3), (0, 2, 1, 0)), 4, 12, 16),
+        (Conv2dShape(1, 6, 5, 8, 16, (3, 5), (1, 1), (1, 4, 2, 3), (2, 1)), 8, 8, 40),
+    ],
+    ids=str,
+)
+def test_rows_of_a_window_become_channels(shape, channels, pitch, depth):
+    folded = Folded.of(shape)
+    assert (folded.channels, folded.pitch, folded.shape.in_channels) == (channels, pitch, depth)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((shape.batch, shape.height, shape.width, shape.in_channels)).astype(shape.dtype)
+    kernel = rng.standard_normal((shape.out_channels, shape.in_channels, *shape.kernel)).astype(np.float32)
+    weights = ConvWeights(kernel)
+    function = folded.packer().with_attr("global_symbol", "pack")
+    packer = tvm.compile(tvm.IRModule({"pack": function}), target="llvm")["pack"]
+    packed = tvm.runtime.tensor(np.full((shape.batch, shape.height, folded.columns, pitch), np.nan, shape.dtype))
+    packer(tvm.runtime.tensor(x), packed)
+    flat = packed.numpy().reshape(shape.batch, shape.height, -1)
+    pixels = [flat[..., start : start + depth] for start in range(0, shape.out_width * pitch, pitch)]
+    have = gpu_check.convolve(folded.shape, np.stack(pixels, axis=2), folded.weights(weights))
+    np.testing.assert_allclose(have, gpu_check.convolve(shape, x, weights), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"in_channels": 16}, {"groups": 2}, {"kernel": (3, 1)}, {"dilation": (1, 2), "padding": (2, 2, 2, 2)}],
+    ids=str,
+)
+def test_convolutions_that_are_not_folded(changes):
+    assert Folded.of(replace(Conv2dShape(1, 9, 9, 4, 16, (3, 3), padding=SAME), **changes)) is None
