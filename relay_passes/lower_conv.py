@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
 from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, KernelConfig, Prologue, Strips
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Strips
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -130,26 +131,10 @@ class _Lowerer(relax.PyExprMutator):
         # Not as a call: what is read can be wider than what it stands for.
         args, target = [self.visit_expr(arg) for arg in call.args], self.target
         op = read_conv(function)
-        schedules, shape = backend(self.device), op.shape
         # What has groups is computed in FP32.
-        if not (isinstance(shape, Conv2dShape) and shape.groups > 1):
-            shape = shape.with_precision(self.precision)
-        (config, estimate), weights, more, folded = self._choose(shape), op.weights, (), None
-        if self.device.kind == "cuda":
-            folded = Folded.of(shape) if isinstance(shape, Conv2dShape) and op.prologue is None else None
-            if folded is not None and self._choose(folded.shape)[1].latency_us >= estimate.latency_us:
-                folded = None
-            view = self.plan.read.get(call.args[op.inputs[0]])
-            width, start = (None, 0) if target is None else (target.width, target.start)
-            strips = Strips(view.width if view else None, None, width, start)
-            if folded is not None:
-                config, estimate = self._choose(folded.shape)
-                weights = (folded.weights(*op.weights),)
-                strips = replace(strips, in_width=folded.pitch, in_columns=folded.columns)
-            more = (op.prologue, strips)
-        computed = shape if folded is None else folded.shape
-        kernel = schedules.make_kernel(computed, op.epilogue, weights, config, self.device, op.name, *more)
-        self.layers.append(_report(op.name, shape, config, estimate))
+        is_grouped = isinstance(op.shape, Conv2dShape) and op.shape.groups > 1
+        shape = op.shape if is_grouped else op.shape.with_precision(self.precision)
+        kernel, folded = self._kernel(op, shape, self.plan.read.get(call.args[op.inputs[0]]), target)
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
@@ -176,6 +161,29 @@ class _Lowerer(relax.PyExprMutator):
             return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
+
+    def _kernel(
+        self, op: ConvOp, shape: ConvShape, view: Strip | None, target: Strip | None
+    ) -> tuple[Kernel, Folded | None]:
+        """The kernel of a convolution, which reads a strip or writes one, and how its window is folded, if it is."""
+        config, estimate = self._choose(shape)
+        make = functools.partial(backend(self.device).make_kernel, device=self.device, name=op.name)
+        if self.device.kind != "cuda":
+            self.layers.append(_report(op.name, shape, config, estimate))
+            return make(shape, op.epilogue, op.weights, config), None
+        strips = Strips(in_width=None if view is None else view.width)
+        if target is not None:
+            strips = replace(strips, out_width=target.width, out_start=target.start)
+        computed, weights = shape, op.weights
+        folded = Folded.of(shape) if isinstance(shape, Conv2dShape) and op.prologue is None else None
+        if folded is not None and self._choose(folded.shape)[1].latency_us < estimate.latency_us:
+            computed, weights = folded.shape, (folded.weights(*op.weights),)
+            config, estimate = self._choose(computed)
+            strips = replace(strips, in_width=folded.pitch, in_columns=folded.columns)
+        else:
+            folded = None
+        self.layers.append(_report(op.name, shape, config, estimate))
+        return make(computed, op.epilogue, weights, config, prologue=op.prologue, strips=strips), folded
 
     def _choose(self, shape: ConvShape) -> tuple[KernelConfig, Estimate]:
         """The model's choice, the same for the same shape."""

@@ -78,8 +78,8 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     import tdc_tvm
     from tdc_tvm.training import export_onnx
 
-    gpu_check.begin_build(folder)
     device = gpu_check.device_of(arguments.arch)
+    gpu_check.begin_build(folder)
     layers: dict[str, dict[str, Any]] = {}
     kernels: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:

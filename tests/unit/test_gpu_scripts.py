@@ -25,9 +25,11 @@ from tdc_tvm.schedules.cuda.pack import merge
 from tdc_tvm.schedules.device import GPUS
 from tdc_tvm.schedules.kernel import ConvWeights
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
+from tdc_tvm.training import TuckerConv2d
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_layers
+import bench_models
 import build_layers
 import fit_model
 import gpu_check
@@ -201,6 +203,8 @@ MISTAKES = {
     "the oracle's results": ("bench_layers", "report oracle.jsonl", "oracle.py report"),
     "the same twice": ("oracle", "report oracle.jsonl ./oracle.jsonl", "given twice"),
     "plots in a file": ("bench_layers", "report bench.jsonl --plots text.jsonl", "cannot draw plots in text.jsonl"),
+    "no networks": ("bench_models", "report nowhere.jsonl", "no file nowhere.jsonl"),
+    "an unknown arch for networks": ("bench_models", "build new --arch sm_99", "'sm_99' in the table"),
     "nothing to fit": ("fit_model", "nowhere.jsonl --write", "no file nowhere.jsonl"),
     "empty files to fit": ("fit_model", "empty.jsonl --write", "no kernel has a record"),
     "failures to fit": ("fit_model", "failed.jsonl --write", "no kernel was timed"),
@@ -322,6 +326,28 @@ def test_an_interrupted_build_ends_at_once_and_is_no_build(tmp_path):
     assert process.communicate(timeout=120)[1].splitlines()[-1] == "interrupted"
     assert process.returncode == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_to_compare_are_the_same_everywhere():
+    first, second = (bench_models.make_model("resnet18", True) for _ in range(2))
+    assert sum(isinstance(module, TuckerConv2d) for module in first.modules()) == 16
+    assert all(torch.equal(first.state_dict()[key], value) for key, value in second.state_dict().items())
+    with torch.no_grad():
+        out = first(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert out.isfinite().all()
+    assert not torch.allclose(out[0], out[1], rtol=0.01)
+
+
+def test_the_report_of_networks(capsys):
+    shape = {"text": "resnet18 tucker, batch 1", "precision": "fp16", "groups": ["resnet18"]}
+    times = {name: {"median_us": us} for name, us in (("ours", 50.0), ("tucker", 400.0), ("original", 250.0))}
+    record = {"name": "a", "shape": shape, "warm": times, "kernels": [["k", 1.0]] * 28, "error_norm": 0.002}
+    bench_models.report(
+        [{"environment": {}}, record | {"build_seconds": 4.2}, {"name": "b", "shape": shape, "error": "no"}]
+    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "resnet18 tucker, batch 1 fp16 50.0 400.0 250.0 8.00 5.00 28 2.0e-03 4" in text
+    assert "failed: resnet18 tucker, batch 1: no" in text
 
 
 def test_a_narrow_report_cuts_no_number():
