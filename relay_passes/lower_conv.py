@@ -18,9 +18,10 @@ from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
 from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Strips
+from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Tensors
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
+_RESHAPES = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "permute_dims", "squeeze", "flatten")]
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -98,6 +99,7 @@ class _Lowerer(relax.PyExprMutator):
         self.plan = StripPlan.of(mod) if device.kind == "cuda" else StripPlan()
         self.tensors: dict[relax.Var, relax.Var] = {}
         self.target: Strip | None = None
+        self.results, self.is_result = _results(mod["main"]), False
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         var, plan = binding.var, self.plan
@@ -108,7 +110,7 @@ class _Lowerer(relax.PyExprMutator):
             tensor = self.tensors[shared]
             self.set_var_remap(var, self._cast(tensor, "float32") if is_whole else tensor)
             return
-        self.target = plan.written.get(var)
+        self.target, self.is_result = plan.written.get(var), var in self.results and self.device.kind == "cuda"
         super().visit_var_binding_(binding)
         self.target = None
         if var in plan.written:
@@ -134,7 +136,8 @@ class _Lowerer(relax.PyExprMutator):
         # What has groups is computed in FP32.
         is_grouped = isinstance(op.shape, Conv2dShape) and op.shape.groups > 1
         shape = op.shape if is_grouped else op.shape.with_precision(self.precision)
-        kernel, folded = self._kernel(op, shape, self.plan.read.get(call.args[op.inputs[0]]), target)
+        is_result = self.is_result and not is_grouped
+        kernel, folded = self._kernel(op, shape, self.plan.read.get(call.args[op.inputs[0]]), target, is_result)
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
@@ -149,6 +152,8 @@ class _Lowerer(relax.PyExprMutator):
         out = (dense.batch, dense.out_height, dense.out_width, channels)
         operands = [x, *constants, *residual]
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
+        if is_result:
+            types[0] = relax.TensorType(out, "float32")
         if target is None:
             result = relax.call_tir(callee, relax.Tuple(operands), types)
         else:
@@ -163,27 +168,30 @@ class _Lowerer(relax.PyExprMutator):
         return self._cast(result, "float32")
 
     def _kernel(
-        self, op: ConvOp, shape: ConvShape, view: Strip | None, target: Strip | None
+        self, op: ConvOp, shape: ConvShape, view: Strip | None, target: Strip | None, is_result: bool
     ) -> tuple[Kernel, Folded | None]:
-        """The kernel of a convolution, which reads a strip or writes one, and how its window is folded, if it is."""
+        """The kernel of a convolution, which reads a strip, or writes one or a result of the network.
+
+        And how its window is folded, if it is.
+        """
         config, estimate = self._choose(shape)
         make = functools.partial(backend(self.device).make_kernel, device=self.device, name=op.name)
         if self.device.kind != "cuda":
             self.layers.append(_report(op.name, shape, config, estimate))
             return make(shape, op.epilogue, op.weights, config), None
-        strips = Strips(in_width=None if view is None else view.width)
+        tensors = Tensors(None if view is None else view.width, out_dtype="float32" if is_result else None)
         if target is not None:
-            strips = replace(strips, out_width=target.width, out_start=target.start)
+            tensors = replace(tensors, out_width=target.width, out_start=target.start)
         computed, weights = shape, op.weights
         folded = Folded.of(shape) if isinstance(shape, Conv2dShape) and op.prologue is None else None
         if folded is not None and self._choose(folded.shape)[1].latency_us < estimate.latency_us:
             computed, weights = folded.shape, (folded.weights(*op.weights),)
             config, estimate = self._choose(computed)
-            strips = replace(strips, in_width=folded.pitch, in_columns=folded.columns)
+            tensors = replace(tensors, in_width=folded.pitch, in_columns=folded.columns)
         else:
             folded = None
         self.layers.append(_report(op.name, shape, config, estimate))
-        return make(computed, op.epilogue, weights, config, prologue=op.prologue, strips=strips), folded
+        return make(computed, op.epilogue, weights, config, prologue=op.prologue, tensors=tensors), folded
 
     def _choose(self, shape: ConvShape) -> tuple[KernelConfig, Estimate]:
         """The model's choice, the same for the same shape."""
@@ -197,6 +205,23 @@ class _Lowerer(relax.PyExprMutator):
 
     def _permuted(self, value: relax.Expr, axes: tuple[int, ...]) -> relax.Var:
         return self.builder_.emit(relax.op.permute_dims(self.builder_.normalize(value), axes))
+
+
+def _results(main: relax.Function) -> set[relax.Var]:
+    """What a network gives, or is reshaped to what it gives and read by nothing else."""
+    graph, found = Graph.of(main), set()
+    returned = main.body.body
+    for value in returned.fields if isinstance(returned, relax.Tuple) else [returned]:
+        while isinstance(value, relax.Var) and len(graph.users[value]) == 1:
+            found.add(value)
+            call = graph.values.get(value)
+            if isinstance(call, relax.Var):
+                value = call
+            elif isinstance(call, relax.Call) and any(call.op == op for op in _RESHAPES):
+                value = call.args[0]
+            else:
+                break
+    return found
 
 
 def _report(name: str, shape: ConvShape, config: KernelConfig, estimate: Estimate) -> LayerReport:

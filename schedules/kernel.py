@@ -49,8 +49,8 @@ class Prologue:
 
 
 @dataclass(frozen=True)
-class Strips:
-    """Where a convolution's channels lie in tensors that hold more: those of concatenated results.
+class Tensors:
+    """What a kernel reads and writes, where that is more than the convolution's input and output, or of another type.
 
     Parameters
     ----------
@@ -63,12 +63,15 @@ class Strips:
         Channels of the tensor that the output is a part of.
     out_start : int
         The output's first channel there.
+    out_dtype : str, optional
+        Type of the output: ``"float32"``; by default the precision's.
     """
 
     in_width: int | None = None
     in_columns: int | None = None
     out_width: int | None = None
     out_start: int = 0
+    out_dtype: str | None = None
 
 
 def check_prologue(shape: ConvShape, prologue: Prologue) -> None:

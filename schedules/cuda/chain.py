@@ -686,10 +686,10 @@ class Chain(Block):
                     value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
                     T.buffer_store(out, value, [self.tile.image, y, x, start + channel + row])
                 return
-            words, count = (values, rows) if self.unit.dtype == "float32" else self.to_words(values, rows)
+            words, count = (values, rows) if out.dtype == "float32" else self.to_words(values, rows)
             for first in range(0, count, 4):
                 width = min(4, count - first)
-                to = address(out, self.tile.image, y, x, start + channel + first * 4 // self.unit.element_bytes)
+                to = address(out, self.tile.image, y, x, start + channel + first * rows // count)
                 run(f"tdc_move{width}", to, address(words, first))
 
         inside = all_of(

@@ -25,7 +25,7 @@ from tdc_tvm.schedules.cuda.plan import MAX_CREWS, MAX_PIXELS, MAX_THREADS, Part
 from tdc_tvm.schedules.cuda.space import MAX_SLICES
 from tdc_tvm.schedules.cuda.work import UNITS, WARP
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig, Prologue, Strips
+from tdc_tvm.schedules.kernel import ConvWeights, Kernel, KernelConfig, Prologue, Tensors
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
 FIELDS = ("tile_h", "tile_w", "split", "deep", "warps", "crews", "group")
@@ -116,7 +116,7 @@ def make_kernel(
     device: DeviceSpec,
     name: str,
     prologue: Prologue | None,
-    strips: Strips,
+    tensors: Tensors,
 ) -> Kernel:
     """Build the kernels: parameters ``(x, weights and biases by stage, [prologue, residual], out, between)``."""
     parts, stages = parts_of(shape, config, device), stages_of(shape, config.strategy)
@@ -140,15 +140,15 @@ def make_kernel(
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8, "tdc.config": str(config)})
         if device.compute_capability >= 90:
             T.func_attr({"tirx.kernel_launch_params": ["tirx.use_programtic_dependent_launch"]})
-        in_width, out_width = strips.in_width or first.in_channels, strips.out_width or last.out_channels
-        columns = strips.in_columns or first.width
+        in_width, out_width = tensors.in_width or first.in_channels, tensors.out_width or last.out_channels
+        columns = tensors.in_columns or first.width
         x = T.arg("x", T.buffer((first.batch, first.height, columns, in_width), dtype))
         given = {
             key: T.arg(key, T.buffer((array.size,), dtype if key.startswith("weight") else "float32"))
             for key, array in constants.items()
         }
         residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
-        out = T.arg("out", T.buffer((*out_shape[:3], out_width), dtype))
+        out = T.arg("out", T.buffer((*out_shape[:3], out_width), tensors.out_dtype or dtype))
         middle = [T.arg(f"between{i}", T.buffer(extents, dtype)) for i, extents in enumerate(between)]
         outputs, inputs = [*middle, out], [x, *middle]
         at = 0
@@ -163,7 +163,7 @@ def make_kernel(
                 [given.get(f"bias{i}") for i in stage_numbers],
                 residual if is_last else None,
                 given.get("prologue") if number == 0 else None,
-                strips.out_start if is_last else 0,
+                tensors.out_start if is_last else 0,
             )
             chain = Chain(part, epilogue if is_last else Epilogue(), buffers, prologue if number == 0 else None)
             _emit_kernel(chain, f"{name}_{number}" if len(parts) > 1 else name)

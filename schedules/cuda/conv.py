@@ -32,7 +32,7 @@ from tdc_tvm.schedules.kernel import (
     Kernel,
     KernelConfig,
     Prologue,
-    Strips,
+    Tensors,
     check_prologue,
     check_weights,
 )
@@ -251,7 +251,7 @@ def make_kernel(
     device: DeviceSpec,
     name: str,
     prologue: Prologue | None = None,
-    strips: Strips | None = None,
+    tensors: Tensors | None = None,
 ) -> Kernel:
     """Build a kernel and pack its weights.
 
@@ -271,8 +271,8 @@ def make_kernel(
         What the kernel's block is called.
     prologue : Prologue, optional
         What comes before it.
-    strips : Strips, optional
-        Where the input and the output lie in wider tensors.
+    tensors : Tensors, optional
+        What the kernel reads and writes, if not just the input and the output.
 
     Returns
     -------
@@ -293,4 +293,4 @@ def make_kernel(
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)
-    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name, prologue, strips or Strips())
+    return chain_conv.make_kernel(shape, epilogue, weights, config, device, name, prologue, tensors or Tensors())

@@ -24,7 +24,7 @@ from tdc_tvm.schedules.cuda.pack import round_to
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE
 from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import GPUS
-from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig, Prologue, Strips
+from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig, Prologue, Tensors
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, Epilogue, TuckerConvShape
 
 _spec = importlib.util.spec_from_file_location("gpu_check", Path(__file__).parents[2] / "scripts" / "gpu_check.py")
@@ -627,7 +627,7 @@ def test_prologues_that_do_not_fit(changes, message):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
     shape = Conv2dShape(2, 9, 8, 64, 32, (3, 3), (2, 1), SAME, precision=precision)
-    strips, functions, data = Strips(96, None, 80, 16), {}, {}
+    strips, functions, data = Tensors(96, None, 80, 16), {}, {}
     configs = conv.candidates(shape, H100)
     for config in configs[:: len(configs) // 12]:
         name = f"case{len(functions)}"
