@@ -189,7 +189,7 @@ def config_with(strategy, drop=(), **changes):
         (TUCKER, config_with("tile", group=2), "has group=2; expected 1 or 4"),
         (replace(DENSE, precision="fp16"), config_with("conv", tile_w=8, group=2), "has group=2; expected 1 or 4"),
         (DENSE, config_with("conv", tile_h=224, tile_w=224), "tiles of 224x224 = 50176 pixels; at most 256"),
-        (DENSE, config_with("conv", split=1000), "has split=1000; expected an int from 1 to 32"),
+        (DENSE, config_with("conv", split=1000), "has split=1000; expected an int from 1 to 256"),
         (DENSE, config_with("conv", deep=9), "has deep=9; expected 0 or 1"),
         (DENSE, config_with("conv", tile_h=4.0), "has tile_h=4.0; expected an int from 1 to 256"),
         (DENSE, config_with("conv", crews=2), ""),
