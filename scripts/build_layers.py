@@ -237,14 +237,6 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     with tempfile.TemporaryDirectory() as temporary:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_process, (temporary,))
         try:
-            # Processes begin with the first tasks.  Interrupted meanwhile, the pool could wait for one that is not
-            # there yet; they inherit that the signal is blocked.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                for _ in range(jobs):
-                    pool.submit(int)
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             yield pool
         except BaseException:
             for process in multiprocessing.active_children():
