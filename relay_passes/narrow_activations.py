@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
-_CAST = tvm.ir.Op.get("relax.astype")
+_CAST, _CONCAT = (tvm.ir.Op.get(f"relax.{name}") for name in ("astype", "concat"))
 # What gives nearly the same from operands of fewer bits: no sums of many terms, no quotients, no exponentials.
 _NARROW = {
     tvm.ir.Op.get(f"relax.{name}")
@@ -37,7 +37,7 @@ class _Narrower(relax.PyExprMutator):
             return source if source is not None and source.ty.dtype == call.attrs.dtype else call
         if call.op not in _NARROW or not _is_wide(call):
             return call
-        operands = list(self._fields(call.args[0])) if call.op.name in ("relax.concat",) else list(call.args)
+        operands = list(self._fields(call.args[0])) if call.op == _CONCAT else list(call.args)
         narrow = [self._narrow(operand) for operand in operands]
         types = {str(one.ty.dtype) for one in narrow if one is not None}
         others = [operand for operand, one in zip(operands, narrow, strict=True) if one is None]
@@ -49,7 +49,7 @@ class _Narrower(relax.PyExprMutator):
             one if one is not None else _cast_constant(operand, dtype)
             for operand, one in zip(operands, narrow, strict=True)
         ]
-        args = [relax.Tuple(values)] if call.op.name == "relax.concat" else values
+        args = [relax.Tuple(values)] if call.op == _CONCAT else values
         result = self.builder_.emit(relax.Call(call.op, args, call.attrs))
         return relax.op.astype(result, _WIDE)
 

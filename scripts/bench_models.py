@@ -124,14 +124,12 @@ def cudnn(gpu: Gpu, name: str, is_tucker: bool, x: Any) -> list[Contender]:
     """PyTorch's network in both layouts."""
     import torch
 
-    model = make_model(name, is_tucker).to(gpu.device, gpu.dtype)
     contenders = []
     for layout in ("nchw", "nhwc"):
         memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        laid_out = model if layout == "nchw" else make_model(name, is_tucker).to(gpu.device, gpu.dtype)
-        laid_out = laid_out.to(memory_format=memory)
+        model = make_model(name, is_tucker).to(gpu.device, gpu.dtype, memory_format=memory)
         data = [x.to(gpu.dtype).contiguous(memory_format=memory)]
-        contenders.append(Contender(layout, data, lambda data, net=laid_out: net(data[0])))
+        contenders.append(Contender(layout, data, lambda data, net=model: net(data[0])))
     return contenders
 
 
