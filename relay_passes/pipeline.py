@@ -14,6 +14,7 @@ from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
 from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
+from tdc_tvm.relay_passes.keep_storage import keep_storage
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.relay_passes.narrow_activations import narrow_activations
 from tdc_tvm.schedules.device import DeviceSpec
@@ -88,17 +89,21 @@ def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
 
         # ends with dlight's schedules for every function that has none yet
         schedule: list[tvm.transform.Pass] = []
+        planned: list[tvm.transform.Pass] = [keep_storage]
     else:
         from tvm.relax.backend.cpu_generic import pipeline
 
         from tdc_tvm.schedules.cpu.generic import ScheduleGenericCpu
 
-        schedule = [ScheduleGenericCpu()]
+        schedule, planned = [ScheduleGenericCpu()], []
+    plan_memory, *finalize = pipeline.finalize_passes(target)
     return [
         *pipeline.library_dispatch_passes(target),
         relax.transform.LegalizeOps(KEEP_NAN),
         *pipeline.legalize_passes(target),
         *schedule,
         *pipeline.dataflow_lower_passes(target),
-        *pipeline.finalize_passes(target),
+        plan_memory,
+        *planned,
+        *finalize,
     ]

@@ -28,6 +28,11 @@ from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 
+# How much a pick that is not the best counts, beside the errors of a layer's predictions together.
+PICKS_COUNT = 3.0
+# Predictions this share apart are nearly the same.
+NEARLY = 0.02
+
 
 @dataclass
 class Measured:
@@ -55,6 +60,11 @@ class Measured:
         for indices, parts in self.groups:
             predicted[indices] = sum(model.latency_us(part, len(parts) == 1, constants) for part in parts)
         return predicted
+
+    def soft_loss(self, predicted: np.ndarray) -> float:
+        """How much longer than the best the pick takes, as a share; averaged over what seems about as fast."""
+        weight = np.exp((1 - predicted / predicted.min()) / NEARLY)
+        return weight @ self.times_us / weight.sum() / self.times_us.min() - 1
 
     def loss(self, constants: model.Constants) -> float:
         """The pick's time over the best."""
@@ -102,8 +112,9 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
         constants = model.Constants(*np.exp(logarithms))
         parts = []
         for layer in layers:
-            # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
             predicted = layer.predict(constants)
+            parts.append([PICKS_COUNT * layer.soft_loss(predicted)])
+            # What is far from the best counts by how near it is, or seems to be: it is picked if it seems near.
             seen_us = np.minimum(layer.times_us, predicted)
             weight = np.minimum(1.0, layer.times_us.min() / seen_us) ** 4
             parts.append(weight * np.log(predicted / layer.times_us) / np.sqrt(len(weight)))

@@ -519,8 +519,8 @@ def work(
 
 def _result(kernel: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
     layer = layers[kernel["layer"]]
-    kept = ("text", "kind", "groups", "macs", "precision", "x", "stages", "original")
-    shape = {key: layer[key] for key in kept} | {"batch": layer["x"][0]}
+    kept = ("text", "kind", "groups", "macs", "precision", "x", "stages", "original", "network", "form")
+    shape = {key: layer[key] for key in kept if key in layer} | {"batch": layer["x"][0]}
     return {key: value for key, value in kernel.items() if key not in ("library", "constants", "between")} | {
         "shape": shape
     }

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 import tvm.runtime.vm
+import tvm_ffi
 
 from tdc_tvm.artifact import (
     Metadata,
@@ -23,6 +26,7 @@ from tdc_tvm.artifact import (
     load_module,
     read_metadata,
 )
+from tdc_tvm.cuda_graph import ENTRY, CannotRecord, CudaGraph
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
@@ -54,6 +58,7 @@ class CompiledModel:
         self._code_state = _file_state(code) if isinstance(code, Path) else None
         self._lock = threading.RLock()
         self._vm: tvm.runtime.vm.VirtualMachine | None = None
+        self.why_no_graph = ""
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -92,17 +97,35 @@ class CompiledModel:
         """
         values = self._bind(args, kwargs)
         wants_torch = any(_is_torch(value) for value in values)
-        main = self.machine["main"]  # first: it says what is wrong where there is no such device
-        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
-        with self._lock:  # TVM's virtual machine runs one call at a time
-            result = main(*tensors)
-        results = (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
-        if wants_torch:
-            torch = sys.modules["torch"]
-            converted: tuple = tuple(torch.from_dlpack(r) for r in results)
-        else:
-            converted = tuple(r.numpy() for r in results)
-        return converted if len(converted) > 1 else converted[0]
+        _ = self.machine  # first: it says what is wrong where there is no such device
+        with self._lock, self._stream(wants_torch):  # one call at a time
+            tensors = [self._tensor(value, i) for i, value in enumerate(values)]
+            if wants_torch and self.graph is not None:
+                results = self._run_to_torch(self.graph, tensors)
+            else:
+                results = tuple(map(_to_torch if wants_torch else _to_numpy, self._run(tensors)))
+        return results if len(results) > 1 else results[0]
+
+    def _run(self, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[tvm.runtime.Tensor, ...]:
+        """Results that the next call overwrites, where there is a graph."""
+        if self.graph is None:
+            result = self.machine["main"](*tensors)
+            return (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
+        self.graph.launch([*tensors, *self.graph.outputs], tvm_ffi.get_raw_stream(self.device))
+        return self.graph.outputs
+
+    def _run_to_torch(self, graph: CudaGraph, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[Any, ...]:
+        """Results in memory of PyTorch's."""
+        torch = sys.modules["torch"]
+        results = tuple(
+            torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cuda:0") for info in self.outputs
+        )
+        graph.launch([*tensors, *results], tvm_ffi.get_raw_stream(self.device))
+        return results
+
+    def _stream(self, wants_torch: bool) -> AbstractContextManager:
+        """Where PyTorch's tensors go in and out, its stream is the one that calls are ordered on."""
+        return tvm_ffi.use_torch_stream() if wants_torch and self.metadata.kind == "cuda" else nullcontext()
 
     def benchmark(self, *, warmup: int = 5, repeat: int = 50, seed: int = 0) -> np.ndarray:
         """Latencies of single calls on random input already on the device, in milliseconds, in order.
@@ -126,12 +149,12 @@ class CompiledModel:
 
     def prepared_call(self, values: list[np.ndarray]) -> Callable[[], None]:
         """A call that runs the model to its end on inputs that are copied to the device now."""
-        main, device = self.machine["main"], self.device
-        tensors = [self._tensor(value, info) for value, info in zip(values, self.inputs, strict=True)]
+        _, device = self.machine, self.device
+        tensors = [tvm.runtime.tensor(value, device) for value in values]
 
         def call() -> None:
             with self._lock:
-                main(*tensors)
+                self._run(tensors)
             device.sync()
 
         return call
@@ -173,6 +196,23 @@ class CompiledModel:
                 self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
             return self._vm
 
+    @functools.cached_property
+    def graph(self) -> CudaGraph | None:
+        """On a GPU the call, recorded at its first use; none where it cannot be, which `why_no_graph` then says."""
+        if self.metadata.kind != "cuda":
+            return None
+        with self._lock:
+            try:
+                return CudaGraph(self.machine[ENTRY], self._buffers)
+            except (CannotRecord, ImportError, RuntimeError) as error:
+                self.why_no_graph = str(error)
+                return None
+
+    @functools.cached_property
+    def _buffers(self) -> list[tvm.runtime.Tensor]:
+        """Inputs on the device, for what lies elsewhere."""
+        return [tvm.runtime.empty(info.shape, info.dtype, self.device) for info in self.inputs]
+
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
         names = [info.name for info in self.inputs]
         expected = ", ".join(f"{i.name}: {i.dtype}{list(i.shape)}" for i in self.inputs)
@@ -189,10 +229,11 @@ class CompiledModel:
             raise TdcError(f"missing input(s) {', '.join(missing)}; the model takes {expected}")
         return [given[name] for name in names]
 
-    def _tensor(self, value: Any, info: TensorInfo) -> tvm.runtime.Tensor:
+    def _tensor(self, value: Any, number: int) -> tvm.runtime.Tensor:
+        info = self.inputs[number]
         if isinstance(value, np.ndarray):
             _check(info, value.shape, value.dtype.name)
-            return tvm.runtime.tensor(np.asarray(value, value.dtype.newbyteorder("="), order="C"), self.device)
+            return self._buffers[number].copyfrom(np.asarray(value, value.dtype.newbyteorder("="), order="C"))
         if not hasattr(value, "__dlpack__"):
             raise TdcError(
                 f"input {info.name!r} is a {type(value).__name__}; expected a NumPy array or a DLPack tensor"
@@ -206,7 +247,7 @@ class CompiledModel:
             ) from None
         _check(info, tuple(tensor.shape), str(tensor.dtype))
         if tensor.device != self.device:
-            tensor = tensor.copyto(self.device)
+            tensor = self._buffers[number].copyfrom(tensor)
         return tensor
 
 
@@ -221,6 +262,14 @@ def _from_dlpack(value: Any) -> tvm.runtime.Tensor:
         if array.ctypes.data % _ALIGNMENT or not array.flags.c_contiguous:
             return tvm.runtime.tensor(np.array(array, order="C"))
     return tvm.runtime.from_dlpack(value)
+
+
+def _to_torch(tensor: tvm.runtime.Tensor) -> Any:
+    return sys.modules["torch"].from_dlpack(tensor)
+
+
+def _to_numpy(tensor: tvm.runtime.Tensor) -> np.ndarray:
+    return tensor.numpy()
 
 
 def _is_torch(value: Any) -> bool:
