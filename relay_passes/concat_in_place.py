@@ -43,9 +43,9 @@ class StripPlan:
     Parameters
     ----------
     firsts : dict
-        What is copied to the beginning of a tensor that it makes.
+        What a tensor begins with, and is copied there.
     written : dict
-        What kernels write in place.
+        What kernels write in place; of each tensor the first makes it, if nothing is copied there.
     read : dict
         Concatenations, of which nothing is left.
     """
@@ -53,6 +53,12 @@ class StripPlan:
     firsts: dict[relax.Var, Strip] = field(default_factory=dict)
     written: dict[relax.Var, Strip] = field(default_factory=dict)
     read: dict[relax.Var, Strip] = field(default_factory=dict)
+
+    def view(self, var: relax.Expr) -> Strip | None:
+        """The strip that a kernel reads, which begins with its tensor; None if the variable is no such."""
+        return self.read.get(var) or next(
+            (strip for strip in [self.written.get(var)] if strip and not strip.start), None
+        )
 
     @staticmethod
     def of(mod: tvm.IRModule) -> StripPlan:
@@ -105,12 +111,15 @@ class _Finder:
         )
         if not is_possible or first not in self.order:
             return
-        plan.firsts[first] = Strip(shared, 0, width)
+        if self.is_kernel(first) and self.is_read_by_kernels(first, views):
+            others = operands
+        else:
+            plan.firsts[first] = Strip(shared, 0, width)
         plan.written |= {var: Strip(shared, starts[var], width) for var in others}
         plan.read |= {var: Strip(shared, 0, width) for var in views}
 
     def is_kernel(self, var: relax.Var) -> bool:
-        """Whether a variable is computed by an outlined convolution without groups, channels last."""
+        """Whether a variable is computed by an outlined layer that is no grouped convolution, channels last."""
         value = self.graph.values.get(var)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.GlobalVar):
             return False
@@ -118,6 +127,7 @@ class _Finder:
         if not isinstance(function, relax.Function) or KIND_ATTR not in (function.attrs or {}):
             return False
         convs = list(Graph.of(function).convs.values())
+        # There are none in a pooling layer.
         return all(conv.shape.groups == 1 and str(conv.call.attrs.data_layout) == "NHWC" for conv in convs)
 
     def is_read_by_kernels(self, var: relax.Var, views: set[relax.Var]) -> bool:

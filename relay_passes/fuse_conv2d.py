@@ -39,7 +39,7 @@ class FuseConv2d:
             if reason:
                 left.append(LayerReport(conv.name, "conv2d", str(conv.shape), reason=reason, strategy="tvm"))
                 continue
-            head = graph.head(conv) if self.prologues else None
+            head = graph.conv_head(conv) if self.prologues else None
             before = head.variables if head is not None and claimed.isdisjoint(head.variables) else []
             claimed.update(before)
             chains.append(Chain(CONV2D, conv.name, [*before, *graph.claim_tail(conv, claimed)]))

@@ -150,21 +150,23 @@ class Graph:
             self._advance(tail, found[0])
         return tail
 
-    def head(self, conv: Conv) -> Head | None:
-        """Scale, shift and clip before ``conv``, of which it is the only reader; None if there are none of them."""
-        shape, axis = conv.shape, channel_axis(conv)
-        if shape.groups > 1 or any(shape.padding):
+    def conv_head(self, conv: Conv) -> Head | None:
+        """What can be computed where ``conv`` reads its input; None if there is nothing."""
+        if conv.shape.groups > 1 or any(conv.shape.padding):
             return None
+        return self.head(conv.var, conv.data, conv.shape.in_channels, channel_axis(conv))
+
+    def head(self, reader: relax.Var, source: relax.Expr, channels: int, axis: int) -> Head | None:
+        """Scale, shift and clip by channels before ``reader``, which alone reads them; None if there are none."""
         scale = shift = low = high = None
-        source, reader = conv.data, conv.var
         variables: list[relax.Var] = []
-        # From the convolution upwards: bounds, then what is added, then what is multiplied.
+        # From the reader upwards: bounds, then what is added, then what is multiplied.
         while isinstance(source, relax.Var) and source in self.values and self._is_read_by(source, reader):
             call = self.values[source]
             if not isinstance(call, relax.Call):
                 break
             is_outermost = scale is None and shift is None
-            by_channel = _by_channel(call, shape.in_channels, axis)
+            by_channel = _by_channel(call, channels, axis)
             if call.op == _MULTIPLY and scale is None and by_channel is not None:
                 scale = by_channel
             elif call.op == _ADD and is_outermost and by_channel is not None:
@@ -183,8 +185,8 @@ class Graph:
             reader, source = source, next(arg for arg in call.args if isinstance(arg, relax.Var))
         if (scale is None and shift is None) or (low is not None and high is not None and low > high):
             return None
-        scale = np.ones(shape.in_channels, np.float32) if scale is None else scale
-        shift = np.zeros(shape.in_channels, np.float32) if shift is None else shift
+        scale = np.ones(channels, np.float32) if scale is None else scale
+        shift = np.zeros(channels, np.float32) if shift is None else shift
         return Head(source, variables, Prologue(scale, shift, low, high))
 
     def _is_read_by(self, var: relax.Var, reader: relax.Var) -> bool:
@@ -235,13 +237,22 @@ def _conv(var: relax.Var, call: relax.Call) -> Conv | None:
         call,
         Conv2dShape(
             n, h, w, c, kernel[0], (kernel[2], kernel[3]),
-            _ints(attrs.strides), _ints(attrs.padding), _ints(attrs.dilation), int(attrs.groups),
+            ints(attrs.strides), ints(attrs.padding), ints(attrs.dilation), int(attrs.groups),
         ),
     )  # fmt: skip
 
 
-def _ints(values) -> tuple:
+def ints(values) -> tuple:
+    """Extents of a layer as Python's numbers."""
     return tuple(int(v) for v in values)
+
+
+def is_static(value: relax.Expr) -> bool:
+    """Whether a value is a tensor whose extents are all known."""
+    ty = value.ty
+    if not isinstance(ty, relax.TensorType) or not isinstance(ty.shape, relax.ShapeExpr):
+        return False
+    return all(isinstance(extent, tvm.tirx.IntImm) for extent in ty.shape.values)
 
 
 def _by_channel(call: relax.Call, channels: int, axis: int) -> np.ndarray | None:

@@ -13,10 +13,12 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
 from tdc_tvm.relay_passes.fold_width import Folded
+from tdc_tvm.relay_passes.fuse_pool2d import pool_shape
 from tdc_tvm.relay_passes.graph import Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
-from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, TUCKER_CONV
+from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, POOL2D, TUCKER_CONV
 from tdc_tvm.schedules import backend
+from tdc_tvm.schedules.cuda.pool import make_kernel as make_pool
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Tensors
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, TuckerConvShape
@@ -80,7 +82,7 @@ def read_conv(function: relax.Function) -> ConvOp:
         )  # fmt: skip
         shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     layout = str(convs[0].call.attrs.data_layout)
-    head, residual = graph.head(convs[0]), tails[-1].residual
+    head, residual = graph.conv_head(convs[0]), tails[-1].residual
     operands = [convs[0].data if head is None else head.source, *(() if residual is None else (residual,))]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
     name, prologue = str(function.attrs[NAME_ATTR]), None if head is None else head.prologue
@@ -130,6 +132,8 @@ class _Lowerer(relax.PyExprMutator):
         function = self.mod[call.op] if isinstance(call.op, tvm.ir.GlobalVar) else None
         if not isinstance(function, relax.Function) or KIND_ATTR not in (function.attrs or {}):
             return super().visit_call_(call)
+        if function.attrs[KIND_ATTR] == POOL2D:
+            return self._lower_pool(call, function)
         # Not as a call: what is read can be wider than what it stands for.
         args, target = [self.visit_expr(arg) for arg in call.args], self.target
         op = read_conv(function)
@@ -137,7 +141,7 @@ class _Lowerer(relax.PyExprMutator):
         is_grouped = isinstance(op.shape, Conv2dShape) and op.shape.groups > 1
         shape = op.shape if is_grouped else op.shape.with_precision(self.precision)
         is_result = self.is_result and not is_grouped
-        kernel, folded = self._kernel(op, shape, self.plan.read.get(call.args[op.inputs[0]]), target, is_result)
+        kernel, folded = self._kernel(op, shape, self.plan.view(call.args[op.inputs[0]]), target, is_result)
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
@@ -154,18 +158,40 @@ class _Lowerer(relax.PyExprMutator):
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
         if is_result:
             types[0] = relax.TensorType(out, "float32")
-        if target is None:
-            result = relax.call_tir(callee, relax.Tuple(operands), types)
-        else:
-            places = [len(operands), *[-1] * len(kernel.between)]
-            operands.append(self.tensors[target.shared])
-            result = relax.op.call_tir_inplace(callee, relax.Tuple(operands), places, types)
+        result = self._call(callee, operands, types)
         if kernel.between:
             result = self.builder_.emit(relax.TupleGetItem(self.builder_.emit(result), 0))
         if target is not None:
             return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
+
+    def _lower_pool(self, call: relax.Call, function: relax.Function) -> relax.Expr:
+        graph = Graph.of(function)
+        (var, value) = list(graph.values.items())[-1]
+        found = pool_shape(value)
+        assert found is not None, "only layers with a kernel are outlined"
+        shape, view, target = replace(found, dtype=DTYPES[self.precision]), self.plan.view(call.args[0]), self.target
+        head = graph.head(var, value.args[0], shape.channels, 3)
+        tensors = Tensors(None if view is None else view.width, out_dtype="float32" if self.is_result else None)
+        if target is not None:
+            tensors = replace(tensors, out_width=target.width, out_start=target.start)
+        kernel = make_pool(shape, self.device, "pool2d", None if head is None else head.prologue, tensors)
+        callee = self.builder_.add_func(kernel.func, "pool2d")
+        x = self._cast(self.visit_expr(call.args[0]), shape.dtype)
+        channels = shape.channels if target is None else target.width
+        out = (shape.batch, shape.out_height, shape.out_width, channels)
+        types = [relax.TensorType(out, tensors.out_dtype or shape.dtype)]
+        result = self._call(callee, [x, *map(relax.const, kernel.constants)], types)
+        return result if target is not None else self._cast(result, "float32")
+
+    def _call(self, callee: tvm.ir.GlobalVar, operands: list[relax.Expr], types: list[relax.TensorType]) -> relax.Call:
+        """Call a kernel, whose first result is a strip if there is a target: of a tensor that is there, or is made."""
+        if self.target is None or self.target.shared not in self.tensors:
+            return relax.call_tir(callee, relax.Tuple(operands), types)
+        places = [len(operands), *[-1] * (len(types) - 1)]
+        arguments = relax.Tuple([*operands, self.tensors[self.target.shared]])
+        return relax.op.call_tir_inplace(callee, arguments, places, types)
 
     def _kernel(
         self, op: ConvOp, shape: ConvShape, view: Strip | None, target: Strip | None, is_result: bool

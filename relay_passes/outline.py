@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-# Marks an outlined convolution; the value is the operator's kind.
+# Marks an outlined layer; the value is the operator's kind.
 KIND_ATTR = "Composite"
 NAME_ATTR = "tdc.name"
 CONV2D = "tdc.conv2d"
 TUCKER_CONV = "tdc.tucker_conv"
+POOL2D = "tdc.pool2d"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Chain:
     Parameters
     ----------
     kind : str
-        ``CONV2D`` or ``TUCKER_CONV``.
+        ``CONV2D``, ``TUCKER_CONV`` or ``POOL2D``.
     name : str
         The layer's name.
     variables : list[relax.Var]
@@ -68,7 +69,7 @@ class _Outliner(relax.PyExprMutator):
         function, inputs = _function(chain, self.values)
         callee = self.builder_.add_func(function, f"{chain.kind.removeprefix('tdc.')}_{len(self.chains)}")
         call = relax.Call(callee, [self.visit_expr(var) for var in inputs])
-        # The call keeps the convolution's name for readers of the module.
+        # The call keeps the layer's name for readers of the module.
         var = self.builder_.emit(call, chain.variables[0].name)
         self.set_var_remap(binding.var, var)
 

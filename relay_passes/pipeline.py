@@ -11,12 +11,14 @@ from tvm.target import Target
 
 from tdc_tvm.relay_passes.dense_to_conv import dense_to_conv
 from tdc_tvm.relay_passes.fuse_conv2d import FuseConv2d
+from tdc_tvm.relay_passes.fuse_pool2d import fuse_pool2d
 from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
 from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.relay_passes.keep_storage import keep_storage
 from tdc_tvm.relay_passes.lower_conv import LowerConv
 from tdc_tvm.relay_passes.narrow_activations import narrow_activations
+from tdc_tvm.relay_passes.view_reshapes import VIEW_RESHAPES
 from tdc_tvm.schedules.device import DeviceSpec
 
 _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
@@ -76,6 +78,7 @@ def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, s
         # Our operators.
         FuseTuckerConv(layer_names),
         FuseConv2d(prologues=device.kind == "cuda"),
+        *([fuse_pool2d] if device.kind == "cuda" else []),
         LowerConv(device, precision),
         relax.transform.CanonicalizeBindings(),
         narrow_activations,
@@ -90,17 +93,19 @@ def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
         # ends with dlight's schedules for every function that has none yet
         schedule: list[tvm.transform.Pass] = []
         planned: list[tvm.transform.Pass] = [keep_storage]
+        legal = KEEP_NAN | VIEW_RESHAPES
     else:
         from tvm.relax.backend.cpu_generic import pipeline
 
         from tdc_tvm.schedules.cpu.generic import ScheduleGenericCpu
 
-        schedule, planned = [ScheduleGenericCpu()], []
+        schedule, planned, legal = [ScheduleGenericCpu()], [], KEEP_NAN
+    _, *schedule_others = pipeline.legalize_passes(target)
     plan_memory, *finalize = pipeline.finalize_passes(target)
     return [
         *pipeline.library_dispatch_passes(target),
-        relax.transform.LegalizeOps(KEEP_NAN),
-        *pipeline.legalize_passes(target),
+        relax.transform.LegalizeOps(legal),
+        *schedule_others,
         *schedule,
         *pipeline.dataflow_lower_passes(target),
         plan_memory,

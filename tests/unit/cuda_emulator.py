@@ -53,6 +53,7 @@ PRELUDE = """
 #include <vector>
 using std::max;
 using std::min;
+#define CUDART_INF_F std::numeric_limits<float>::infinity()
 #define __global__
 #define __launch_bounds__(...)
 typedef _Float16 half;
