@@ -6,7 +6,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from tdc_tvm.relay_passes.graph import ints, is_static
+
 _ADD, _MATMUL = (tvm.ir.Op.get(f"relax.{name}") for name in ("add", "matmul"))
+_FLAT = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "flatten", "squeeze", "expand_dims")]
+_PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 _CLIPS = [tvm.ir.Op.get(f"relax.{name}") for name in ("nn.relu", "maximum", "minimum")]
 
 
@@ -34,8 +38,15 @@ class _Rewriter(relax.PyExprMutator):
         if call.op == _MATMUL and _is_dense(call):
             x, weight = call.args
             batch, depth = (int(extent) for extent in x.ty.shape)
-            kernel = np.ascontiguousarray(weight.value.numpy().T)[:, :, None, None]
+            kernel = weight.value.numpy().T
+            image = self._image(x)
+            if image is not None:
+                # The weights can be permuted at compile time, images cannot.
+                x, extents = image, ints(image.ty.shape.values)
+                channels_first = kernel.reshape(-1, extents[3], extents[1], extents[2])
+                kernel = channels_first.transpose(0, 2, 3, 1).reshape(kernel.shape)
             x = self.builder_.emit(relax.op.reshape(x, (1, 1, batch, depth)))
+            kernel = np.ascontiguousarray(kernel)[:, :, None, None]
             conv = relax.op.nn.conv2d(x, relax.const(kernel), data_layout="NHWC", kernel_layout="OIHW")
             self.count += 1
             return self._as_matrix(self.builder_.emit(conv, f"dense{self.count}"))
@@ -46,6 +57,18 @@ class _Rewriter(relax.PyExprMutator):
                 args = [_row(arg) if result is None else result for arg, result in zip(call.args, results, strict=True)]
                 return self._as_matrix(self.builder_.emit(relax.Call(call.op, args, call.attrs)))
         return call
+
+    def _image(self, x: relax.Expr) -> relax.Expr | None:
+        """What a matrix is a batch of, channels last, if a permutation put its channels first; else None."""
+        batch = int(x.ty.shape[0])
+        while isinstance(x, relax.Var) and isinstance(call := self.lookup_binding(x), relax.Call):
+            x = call.args[0] if call.args else x
+            if call.op == _PERMUTE:
+                is_image = call.attrs.axes is not None and ints(call.attrs.axes) == (0, 3, 1, 2) and is_static(x)
+                return x if is_image else None
+            if not any(call.op == op for op in _FLAT) or int(call.ty.shape[0]) != batch:
+                return None
+        return None
 
     def _as_matrix(self, result: relax.Var) -> relax.Expr:
         self.pixels.append(result)

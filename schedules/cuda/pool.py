@@ -68,6 +68,12 @@ class Pool2dShape:
         """Pixels of a window."""
         return self.kernel[0] * self.kernel[1]
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether each window is a pixel, in order."""
+        same = (self.out_height, self.out_width) == (self.height, self.width)
+        return self.taps == 1 and self.stride == (1, 1) and self.padding == (0, 0) and same
+
     def reaches_out(self, axis: int) -> bool:
         """Whether windows reach out of the image along an axis."""
         extent, out = ((self.height, self.out_height), (self.width, self.out_width))[axis]

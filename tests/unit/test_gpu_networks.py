@@ -125,9 +125,10 @@ def emulated_outputs(model, precision, values, folder):
 
 @needs_compiler
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize(("make", "shape"), [(network, (2, 3, 18, 14)), (dense_block, (2, 8, 7, 6))])
-def test_a_network_is_right_in_every_precision(make, shape, precision, tmp_path):
-    model = make()
+@pytest.mark.parametrize("make", ["network", "dense_block", "classifier"])
+def test_a_network_is_right_in_every_precision(make, precision, tmp_path):
+    model = globals()[make]()
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     (expected,) = reference_outputs(model, {"x": x})
     have = emulated_outputs(model, precision, [x], tmp_path)
@@ -286,3 +287,27 @@ def test_rows_of_a_window_become_channels(shape, channels, pitch, depth):
 )
 def test_convolutions_that_are_not_folded(changes):
     assert Folded.of(replace(Conv2dShape(1, 9, 9, 4, 16, (3, 3), padding=SAME), **changes)) is None
+
+
+def classifier():
+    """As in VGG: an average that is the identity, and a dense layer that reads all pixels of an image."""
+    b = ModelBuilder(seed=6)
+    x = b.node("Relu", b.conv(b.input("x", (2, 8, 6, 4)), 8, 16, 3, pads=[1] * 4, bias=True))
+    x = b.node("AveragePool", b.node("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), kernel_shape=[1, 1])
+    x = b.node("Gemm", b.node("Flatten", x), b.random((40, 16 * 6)), b.random((40,)), transB=1)
+    return b.build(b.node("Relu", x))
+
+
+def test_a_dense_layer_reads_images_as_they_lie():
+    main = graph_of(classifier(), "fp16")["main"]
+    permutations = types_of(main, "relax.permute_dims")
+    assert len(permutations) == 1  # of the network's input
+    assert len(types_of(main, "relax.call_tir")) == 4  # folded input, convolution, maximum, dense layer
+
+
+def test_reshapes_are_views():
+    target = Target("nvidia/nvidia-h100")
+    with target:
+        mod = tvm.transform.Sequential(lowering_passes(target))(graph_of(classifier(), "fp32"))
+    kernels = [str(var.name_hint) for var, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc)]
+    assert sorted(kernels) == ["conv2d", "conv2d1", "fused_transpose_fold_width", "pool2d"]
