@@ -143,7 +143,10 @@ def choose_work(
     limit = smaller(255, REGISTERS // (WARP * warps * crews))
     # A tile's rows matter by what divides them.
     whole = np.gcd(tile_h, columns.max()) * (window_rows > 1)
-    given = np.stack(np.broadcast_arrays(pixels, channels, units, warps, limit, window_rows, whole))
+    asked = (pixels, channels, units, warps, limit, window_rows, whole)
+    given = np.empty((len(asked), *np.broadcast_shapes(*map(np.shape, asked))), np.int64)
+    for i, values in enumerate(asked):
+        given[i] = values
     # Many tiles ask for the same.
     numbers = np.zeros(given.shape[1:], np.int64)
     for values in given:
