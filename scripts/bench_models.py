@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121", "densenet201")
 # Calls in a graph.
 CALLS = 5
+# Rows of a matrix before they repeat, if it has more elements than that.
+_ROWS, _MANY = 32, 1 << 22
 
 
 def make_model(name: str, is_tucker: bool) -> nn.Module:
@@ -58,7 +60,10 @@ def make_model(name: str, is_tucker: bool) -> nn.Module:
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             rng = np.random.default_rng(zlib.crc32(key.encode()))
             if tensor.ndim > 1:
-                signs = rng.integers(0, 2, tuple(tensor.shape), np.int8) * 2.0 - 1
+                # The rows of large matrices repeat, that libraries pack well.
+                rows = min(len(tensor), _ROWS) if tensor.numel() > _MANY else len(tensor)
+                signs = rng.integers(0, 2, (rows, *tensor.shape[1:]), np.int8) * 2.0 - 1
+                signs = signs[np.arange(len(tensor)) % rows]
                 # Between a Tucker layer's stages is no ReLU that takes half of the power away.
                 gain = 1 if key.endswith((".reduce.weight", ".core.weight")) else 2
                 tensor.copy_(torch.from_numpy(signs * math.sqrt(gain / np.prod(tensor.shape[1:]))))
@@ -91,7 +96,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                     export_onnx(make_model(name, form == "tucker"), extents, path)
                     compiled = tdc_tvm.build(path, arguments.arch, arguments.precision, verify=False)
                     compiled.export_library(library)
-                    (folder / f"{key}.so.xz").write_bytes(lzma.compress(library.read_bytes(), preset=1))
+                    (folder / f"{key}.so.xz").write_bytes(lzma.compress(library.read_bytes(), preset=6))
                     report = compiled.report.to_dict()
                     layers[key] = {
                         "text": f"{name} {form}, batch {batch}",
