@@ -96,7 +96,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                     export_onnx(make_model(name, form == "tucker"), extents, path)
                     compiled = tdc_tvm.build(path, arguments.arch, arguments.precision, verify=False)
                     compiled.export_library(library)
-                    (folder / f"{key}.so.xz").write_bytes(lzma.compress(library.read_bytes(), preset=6))
+                    (folder / f"{key}.so.xz").write_bytes(lzma.compress(library.read_bytes(), preset=3))
                     report = compiled.report.to_dict()
                     layers[key] = {
                         "text": f"{name} {form}, batch {batch}",
