@@ -13,6 +13,7 @@ import numpy as np
 from tdc_tvm.schedules.cuda.arith import Number, ceil_div, larger, smaller
 from tdc_tvm.schedules.cuda.plan import SLOTS_IN_USE, Part
 from tdc_tvm.schedules.cuda.work import WARP, sums_swapped, wgmma_cycles
+from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import Estimate
 
 # Constants by precision; of an H100.
@@ -173,7 +174,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         "input": 0.0,
     }
     needed: Number = 0
-    missing_share = _missing_share(part)
+    missing_share = _missing_share(_tensor_bytes(part), device)
     for i, work in enumerate(part.works):
         channel_tiles, pixel_tiles = part.tiles_of_work(i)
         items, share, turns_of_work = channel_tiles * pixel_tiles, part.share(i), part.turns_of_work(i)
@@ -231,9 +232,9 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     own_us, needed_us = needed * cycle_us, tiles / turns * needed * cycle_us
     parts["contention"] = own_us + _both(needed_us - own_us, alone_us - own_us) - alone_us
     latency_us = sum(parts.values())
-    parts["memory"] = (
-        _both(missing_share * _tensor_bytes(part) / device.probe.dram_bytes_per_s * 1e6, latency_us) - latency_us
-    )
+    weight_bytes = 16 * part.split * sum(map(part.weight_vectors, range(len(part.stages))))
+    missing_bytes = missing_share * _tensor_bytes(part) + _missing_share(weight_bytes, device) * weight_bytes
+    parts["memory"] = _both(missing_bytes / device.probe.dram_bytes_per_s * 1e6, latency_us) - latency_us
     return parts
 
 
@@ -249,10 +250,10 @@ def _tensor_bytes(part: Part) -> int:
     return first.batch * elements * part.unit.element_bytes
 
 
-def _missing_share(part: Part) -> float:
-    """Of the input and the output, what the L2 cache has no room for."""
+def _missing_share(size: Number, device: DeviceSpec) -> Number:
+    """Of so many bytes that a kernel reads and writes, what the L2 cache has no room for."""
     # It has two halves, and holds twice what processors beside both of them read.
-    return min(1.0, max(0.0, 2 * _tensor_bytes(part) / part.device.l2_bytes - 1))
+    return smaller(1.0, larger(0.0, 2 * size / device.l2_bytes - 1))
 
 
 def _product_flops(part: Part) -> int:
