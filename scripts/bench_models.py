@@ -4,12 +4,13 @@ The steps can run on different machines::
 
     python scripts/bench_models.py build OUTDIR --precision fp16 --models resnet18    # no GPU needed
     python scripts/bench_models.py run OUTDIR -o models.jsonl    # NumPy, PyTorch, torchvision and TVM's runtime
-    python scripts/bench_models.py report models.jsonl           # no GPU needed
+    python scripts/bench_models.py report models.jsonl --plot models.png    # no GPU needed
 
 Times are of one call within a CUDA graph of several, after another replay of that graph, all contenders in turns, a
 process for each network.  cuDNN is the best of two layouts, in benchmark mode.  What no graph of ours can hold, PyTorch
 by itself (eager) and ``torch.compile``, is timed by the host's clock, a call at a time, and so is our graph beside
-them.  Weights are random signs, so that libraries pack well; all models compute with the same.
+them.  Weights are random signs, so that libraries pack well; all models compute with the same.  Memory is that of
+weights, of what lies between kernels, and of outputs.  The floor of ours is `network_floor`'s, of the GPU built for.
 """
 
 from __future__ import annotations
@@ -106,29 +107,26 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         library = Path(temporary, "model.so")
 
-        def export(name: str, form: str, extents: tuple[int, ...]) -> Path:
-            path = Path(temporary, f"{name}-{form}-{extents[0]}.onnx")
-            if not path.exists():
-                export_onnx(make_model(name, form == "tucker"), extents, path)
-            return path
-
         def pack(key: str) -> str:
             (folder / f"{key}.so.xz").write_bytes(lzma.compress(library.read_bytes(), preset=1))
             return f"{key}.so.xz"
 
         for name, batch in itertools.product(arguments.models, arguments.batch):
             extents = (batch, 3, 224, 224)
+            models = {form: Path(temporary, f"{form}.onnx") for form in FORMS}
+            for form in FORMS if arguments.baselines else arguments.forms:
+                export_onnx(make_model(name, form == "tucker"), extents, models[form])
             baselines = {}
             for form in FORMS if arguments.baselines else ():
-                built = build_default(export(name, form, extents), target, library)
+                built = build_default(models[form], target, library)
                 baselines[form] = {"library": pack(f"{name}-{form}-{batch}-tvm")} | built
                 print(f"{name}-{form}-{batch}, TVM: {built['build_seconds']:.1f} s", file=sys.stderr, flush=True)
             for form in arguments.forms:
-                key, path = f"{name}-{form}-{batch}", export(name, form, extents)
-                compiled = tdc_tvm.build(path, target, arguments.precision, verify=False)
+                key = f"{name}-{form}-{batch}"
+                compiled = tdc_tvm.build(models[form], target, arguments.precision, verify=False)
                 compiled.export_library(library)
                 report = compiled.report.to_dict()
-                launches, peak_bytes = network_floor.analyse(path, target, arguments.precision)
+                launches, peak_bytes = network_floor.analyse(models[form], target, arguments.precision)
                 floor = network_floor.floor(launches, device, peak_bytes)
                 layers[key] = {
                     "text": f"{name} {form}, batch {batch}",
@@ -274,7 +272,7 @@ def examine(rival: Rival, expected: Any) -> dict[str, Any]:
     import torch
 
     contender = rival.contender
-    # Compiles, or tries cuDNN's algorithms.
+    # Compiles, or tries cuDNN's algorithms; it is the second call that torch.compile records, and takes memory for.
     contender.launch(contender.data)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -387,6 +385,8 @@ def main() -> int:
     from rich.console import Console
 
     records = gpu_layers.read_results(arguments.results)
+    if any("name" in record and "network" not in record["shape"] for record in records):
+        raise SystemExit("these results are not of networks; run: bench_layers.py report, or oracle.py report")
     if arguments.plot:
         report_models.plot(records, arguments.plot)
     report_models.report(records, Console(width=None if sys.stdout.isatty() else 160))
