@@ -392,7 +392,7 @@ def run_command(
     if arguments.deadline is None:
         gpu_layers.check_machine(arguments.output)
         worker = [sys.executable, str(script), *sys.argv[1:]]
-        left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall)
+        left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall, most)
         failed = len(gpu_layers.failed(names, arguments.output, manifest))
         print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output}, {failed} of an error")
         return 1 if left or failed else 0

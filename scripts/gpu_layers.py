@@ -556,7 +556,13 @@ def _digest(result: dict[str, Any]) -> str:
 
 
 def supervise(
-    worker: Sequence[str], manifest: dict[str, Any], names: Sequence[str], output: Path, budget_s: float, stall_s: float
+    worker: Sequence[str],
+    manifest: dict[str, Any],
+    names: Sequence[str],
+    output: Path,
+    budget_s: float,
+    stall_s: float,
+    most: int | None = None,
 ) -> int:
     """Run workers until all kernels have a record or the time is over.
 
@@ -576,6 +582,8 @@ def supervise(
         The records.
     budget_s, stall_s : float
         Time for everything, and time without a new record after which a worker is killed.
+    most : int, optional
+        Kernels that a worker measures; how it ends after that is no kernel's fault.
 
     Returns
     -------
@@ -593,7 +601,8 @@ def supervise(
         size = _size(output)
         process = subprocess.Popen([*worker, "--deadline", str(deadline)])
         status = _wait(process, output, stall_s)
-        if status in (0, GPU_LOST):
+        done = len(left) - len(pending(names, output, manifest))
+        if status in (0, GPU_LOST) or done == most:
             continue
         error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
         if _size(output) == size:

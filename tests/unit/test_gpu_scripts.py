@@ -469,10 +469,12 @@ def test_a_worker_measures_as_many_as_it_may_and_the_next_goes_on(tmp_path):
         "name = next(name for name in 'abc' if f'\"{name}\"' not in output.read_text())\n"
         "with output.open('a') as file:\n"
         "    file.write(json.dumps({'name': name, 'shape': {'text': sys.argv[2]}}) + '\\n')\n"
+        "sys.exit(9 if name == 'b' else 0)\n"
     )
     command = [sys.executable, str(worker), str(output), layer["text"]]
-    assert gpu_layers.supervise(command, manifest, list("abc"), output, 60, 60) == 0
-    assert [record["name"] for record in gpu_layers.read_records(output) if "name" in record] == list("abc")
+    assert gpu_layers.supervise(command, manifest, list("abc"), output, 60, 60, most=1) == 0
+    records = [record for record in gpu_layers.read_records(output) if "name" in record]
+    assert [(record["name"], record.get("error")) for record in records] == [("a", None), ("b", None), ("c", None)]
 
 
 def with_probe(**values):
