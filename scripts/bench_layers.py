@@ -273,13 +273,13 @@ def _digits(time_us: float) -> str:
     return f"{time_us:.2f}" if time_us < 100 else f"{time_us:.1f}"
 
 
-def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw bars of ours, the triplet and the original for each group, precision and batch.
+def load_pyplot() -> Any:
+    """Matplotlib's plots, to files.
 
     Raises
     ------
     SystemExit
-        If matplotlib is missing, or the folder cannot be made.
+        If matplotlib is missing.
     """
     try:
         import matplotlib
@@ -289,6 +289,18 @@ def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw bars of ours, the triplet and the original for each group, precision and batch.
+
+    Raises
+    ------
+    SystemExit
+        If matplotlib is missing, or the folder cannot be made.
+    """
+    pyplot = load_pyplot()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -369,15 +381,18 @@ def device_of(arguments: argparse.Namespace) -> DeviceSpec:
 
 
 def run_command(
-    arguments: argparse.Namespace, script: Path, measure: Callable[[Gpu, dict[str, Any], float], dict[str, Any]]
+    arguments: argparse.Namespace,
+    script: Path,
+    measure: Callable[[Gpu, dict[str, Any], float], dict[str, Any]],
+    most: int | None = None,
 ) -> int:
-    """``run``: as the supervisor, or with a deadline as its worker."""
+    """``run``: as the supervisor, or with a deadline as its worker, which measures ``most`` kernels at most."""
     manifest = gpu_layers.read_manifest(arguments.folder)
     names = gpu_layers.kernel_names(manifest, arguments.batch, arguments.shapes)
     if arguments.deadline is None:
         gpu_layers.check_machine(arguments.output)
         worker = [sys.executable, str(script), *sys.argv[1:]]
-        left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall)
+        left = gpu_layers.supervise(worker, manifest, names, arguments.output, arguments.budget, arguments.stall, most)
         failed = len(gpu_layers.failed(names, arguments.output, manifest))
         print(f"{len(names) - left} of {len(names)} kernels have a record in {arguments.output}, {failed} of an error")
         return 1 if left or failed else 0
@@ -386,7 +401,7 @@ def run_command(
     with torch.inference_mode():
         gpu = Gpu(arguments.folder)
         return gpu_layers.work(
-            gpu, names, arguments.output, arguments.deadline, lambda *given: measure(*given, arguments.seconds)
+            gpu, names, arguments.output, arguments.deadline, lambda *given: measure(*given, arguments.seconds), most
         )
 
 

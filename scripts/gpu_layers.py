@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -310,6 +310,16 @@ class Gpu:
         end.synchronize()
         return begin.elapsed_time(end)
 
+    def call_us(self, contender: Contender) -> float:
+        """The time of a call by the host's clock, from a GPU at rest until it is at rest again."""
+        import torch
+
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        contender.launch(contender.data)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) * 1e6
+
     def is_alive(self) -> bool:
         """Whether the GPU still answers this process."""
         import torch
@@ -345,16 +355,25 @@ def alternate(
     dict
         By contender: median, 99th percentile and minimum of the replays in us for one launch, their number and all.
     """
-    graphs = [(contender.name, *gpu.capture(contender, launches, cold)) for contender in contenders]
-    for _, replay, _ in graphs:
-        gpu.time_ms(replay)
-    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+
+    def clock(replay: Callable[[], None], count: int) -> Callable[[], float]:
+        return lambda: gpu.time_ms(replay) * 1e3 / count
+
+    clocks = {contender.name: clock(*gpu.capture(contender, launches, cold)) for contender in contenders}
+    return take_turns(clocks, seconds, most)
+
+
+def take_turns(clocks: Mapping[str, Callable[[], float]], seconds: float, most: int = 200) -> dict[str, dict[str, Any]]:
+    """What `alternate` gives, of contenders by what takes the time of one in us; their first turn is not counted."""
+    for clock in clocks.values():
+        clock()
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
     stop = time.monotonic() + seconds
     for number in range(most):
         if number >= 5 and time.monotonic() > stop:
             break
-        for name, replay, count in graphs:
-            samples[name].append(gpu.time_ms(replay) * 1e3 / count)
+        for name, clock in clocks.items():
+            samples[name].append(clock())
     return {name: summary(values) for name, values in samples.items()}
 
 
@@ -495,12 +514,17 @@ def check_machine(output: Path) -> None:
 
 
 def work(
-    gpu: Gpu, names: Sequence[str], output: Path, deadline: float, measure: Callable[[Gpu, dict], dict[str, Any]]
+    gpu: Gpu,
+    names: Sequence[str],
+    output: Path,
+    deadline: float,
+    measure: Callable[[Gpu, dict], dict[str, Any]],
+    most: int | None = None,
 ) -> int:
-    """Measure kernels one after the other until a time (of `time.time`); the exit status of a worker."""
+    """Measure kernels, ``most`` at most, one after the other until a time (of `time.time`); a worker's exit status."""
     kernels = {kernel["name"]: kernel for kernel in gpu.manifest["kernels"]}
     append_record(output, {"environment": gpu.environment()})
-    for name in pending(names, output, gpu.manifest):
+    for name in pending(names, output, gpu.manifest)[:most]:
         if time.time() > deadline:
             break
         kernel = kernels[name]
@@ -532,7 +556,13 @@ def _digest(result: dict[str, Any]) -> str:
 
 
 def supervise(
-    worker: Sequence[str], manifest: dict[str, Any], names: Sequence[str], output: Path, budget_s: float, stall_s: float
+    worker: Sequence[str],
+    manifest: dict[str, Any],
+    names: Sequence[str],
+    output: Path,
+    budget_s: float,
+    stall_s: float,
+    most: int | None = None,
 ) -> int:
     """Run workers until all kernels have a record or the time is over.
 
@@ -552,6 +582,8 @@ def supervise(
         The records.
     budget_s, stall_s : float
         Time for everything, and time without a new record after which a worker is killed.
+    most : int, optional
+        Kernels that a worker measures; how it ends after that is no kernel's fault.
 
     Returns
     -------
@@ -569,9 +601,8 @@ def supervise(
         size = _size(output)
         process = subprocess.Popen([*worker, "--deadline", str(deadline)])
         status = _wait(process, output, stall_s)
-        if status == 0:
-            break
-        if status == GPU_LOST:
+        done = len(left) - len(pending(names, output, manifest))
+        if status in (0, GPU_LOST) or done == most:
             continue
         error = f"the process ended with status {status}" if status is not None else f"no result in {stall_s:g} s"
         if _size(output) == size:
