@@ -169,7 +169,7 @@ class BuildReport:
         )
         for report in (self, *self.further) if self.further else ():
             predicted = sum(layer.predicted_latency_us or 0.0 for layer in report.layers)
-            yield Text(f"batch {report.batch}: {predicted:.1f} us predicted for its {len(report.layers)} layers")
+            yield Text(f"batch {report.batch}: {predicted:.1f} us predicted for all layers")
         if self.build_seconds:
             style = "green" if self.verification.status == "passed" else "yellow"
             yield Text(f"built in {self.build_seconds:.1f} s for {self.target}")
