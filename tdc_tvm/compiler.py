@@ -85,7 +85,8 @@ def build(
     input_shapes : mapping of input name to shape, optional
         For inputs with dynamic dimensions.
     batch : int or sequence of int, optional
-        Size of a dynamic leading dimension; several sizes share one library, with an entry point for each.
+        Size of a dynamic leading dimension.  Several sizes share one library: the first is its function ``main``, a
+        further one of 8 is ``main_8``.
     require_full_fusion : bool
         Fail if a Tucker layer cannot be one operator.
     verify : bool
@@ -115,7 +116,7 @@ def build(
     check_precision(precision)
     check_tolerances(atol, rtol)
     check_seed(seed)
-    sizes = batch_sizes(batch)
+    sizes = _batch_sizes(batch)
     cxx_compiler()
     source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
     context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
@@ -167,7 +168,7 @@ def plan_build(
 
     Parameters and errors are those of `build`.
     """
-    sizes = batch_sizes(batch)
+    sizes = _batch_sizes(batch)
     source = _prepare(model, target, "fp32", decompose, input_shapes, sizes[0], lambda step: None)
     reports = []
     with _compiling(), source.target:
@@ -218,7 +219,7 @@ class _Job:
         )
 
 
-def batch_sizes(batch: int | Sequence[int] | None) -> tuple[int | None, ...]:
+def _batch_sizes(batch: int | Sequence[int] | None) -> tuple[int | None, ...]:
     """The batch sizes that ``batch`` stands for; None is the size that the model declares."""
     if batch is None:
         return (None,)

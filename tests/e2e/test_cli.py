@@ -108,10 +108,7 @@ def test_inputs_by_name_and_outputs_of_any_name(two_inputs, tmp_path):
 
 
 def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
-    model = tucker_model()
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_param = "n"
-    onnx.save(model, tmp_path / "m.onnx")
+    onnx.save(tucker_model(batch="n"), tmp_path / "m.onnx")
     with pytest.raises(TdcError, match=r"dynamic shape .* pass batch=1"):
         tdc("build", tmp_path / "m.onnx", "-o", tmp_path / "m.so")
     for flags in (("--batch", 2), ("--input-shape", "x:2x8x6x6")):
@@ -121,10 +118,7 @@ def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
 
 def test_several_batch_sizes(tucker_model, tmp_path):
     model, library = tmp_path / "m.onnx", tmp_path / "m.so"
-    proto = tucker_model()
-    for value in (proto.graph.input[0], proto.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_param = "n"
-    onnx.save(proto, model)
+    onnx.save(tucker_model(batch="n"), model)
     sizes = ("--batch", 1, "--batch", 3)
     assert "batch 3: " in tdc("inspect", model, "-t", "llvm", *sizes)
     data = json.loads(tdc("build", model, "-o", library, "-t", "llvm", *sizes, "--json"))

@@ -37,10 +37,7 @@ def averaged():
 
 @pytest.fixture(scope="module")
 def open_model(tucker_model):
-    model = tucker_model()
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_param = "n"
-    return model
+    return tucker_model(batch="n")
 
 
 @pytest.fixture(scope="module")
