@@ -1,4 +1,4 @@
-"""Several modules become one: the ``main`` of each under a name of its own, equal kernels and weights once."""
+"""Several modules become one: the ``main`` of each under a name of its own, equal kernels once."""
 
 from __future__ import annotations
 
