@@ -29,7 +29,7 @@ from tdc_tvm.quiet import without_chatter
 from tdc_tvm.targets import local_gpu
 
 SECTION = ".tdc.metadata"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Instruction sets whose names are the same in LLVM and in Linux's /proc/cpuinfo.
 _CPU_FEATURES = (
     "avx", "avx2", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi",
@@ -40,13 +40,33 @@ _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
 @dataclass(frozen=True)
+class Entry:
+    """The model at one batch size: a function of the library.
+
+    Parameters
+    ----------
+    function : str
+        ``"main"`` for the first, ``"main_8"`` for a further batch of 8.
+    batch : int or None
+        The batch size that was asked for; None if the model's own shapes were built.
+    inputs, outputs : tuple[TensorInfo, ...]
+        In the model's order.
+    """
+
+    function: str
+    batch: int | None
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
 class Metadata:
     """What a library was built from and for.
 
     Parameters
     ----------
-    inputs, outputs : tuple[TensorInfo, ...]
-        In the model's order.
+    entries : tuple[Entry, ...]
+        One for each batch size, in the order that they were asked for.
     kind : str
         ``"llvm"`` or ``"cuda"``.
     arch : str
@@ -63,8 +83,7 @@ class Metadata:
         `BuildReport.to_dict`.
     """
 
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    entries: tuple[Entry, ...]
     kind: str
     arch: str
     machine: str
@@ -225,11 +244,11 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     if version != FORMAT_VERSION:
         raise TdcError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}; build it again")
     try:
-        tensors = {
-            key: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in fields[key])
-            for key in ("inputs", "outputs")
-        }
-        result = Metadata(**{**fields, **tensors, "cpu_features": tuple(fields["cpu_features"])})
+        entries = tuple(
+            Entry(entry["function"], entry["batch"], _tensors(entry["inputs"]), _tensors(entry["outputs"]))
+            for entry in fields["entries"]
+        )
+        result = Metadata(**{**fields, "entries": entries, "cpu_features": tuple(fields["cpu_features"])})
     except (KeyError, TypeError):
         raise TdcError(f"the description in {path} is damaged; build or copy the library again") from None
     if machine != result.machine:
@@ -238,6 +257,10 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
             " it is damaged: build or copy it again"
         )
     return result
+
+
+def _tensors(fields: list[dict]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in fields)
 
 
 def check_runs_here(metadata: Metadata, path: str | os.PathLike) -> None:

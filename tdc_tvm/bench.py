@@ -22,17 +22,20 @@ class Contender:
     call: Callable[[], object]
 
     @staticmethod
-    def of(name: str, compiled: CompiledModel, seed: int = 0) -> Contender:
+    def of(name: str, compiled: CompiledModel, seed: int = 0, batch: int | None = None) -> Contender:
         """A compiled model on random input that lies on its device."""
-        return Contender(name, compiled.prepared_call(random_inputs(compiled.inputs, seed)))
+        return Contender(name, compiled.prepared_call(random_inputs(compiled.entry(batch).inputs, seed)))
 
 
-def onnxruntime_contender(name: str, model: ModelSource, compiled: CompiledModel, seed: int = 0) -> Contender:
+def onnxruntime_contender(
+    name: str, model: ModelSource, compiled: CompiledModel, seed: int = 0, batch: int | None = None
+) -> Contender:
     """ONNX Runtime on the CPU with as many threads as TVM uses, on the input of ``compiled``."""
     proto = load_onnx(model)
-    freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    inputs = compiled.entry(batch).inputs
+    freeze_shapes(proto, {info.name: info.shape for info in inputs})
     session = reference_session(proto, cpu_threads())
-    feed = dict(zip((info.name for info in compiled.inputs), random_inputs(compiled.inputs, seed), strict=True))
+    feed = dict(zip((info.name for info in inputs), random_inputs(inputs, seed), strict=True))
     return Contender(name, lambda: session.run(None, feed))
 
 

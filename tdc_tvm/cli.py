@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +91,8 @@ ShapesOption = Annotated[
     typer.Option("--input-shape", metavar="SHAPE", help="Shape of a dynamic input, NAME:1x3x224x224; may be repeated."),
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch", min=1, metavar="N", help="Size of a dynamic leading dimension.")
+    list[int] | None,
+    typer.Option("--batch", min=1, metavar="N", help="Size of a dynamic leading dimension; may be repeated."),
 ]
 AtolOption = Annotated[
     float, typer.Option("--atol", min=0, metavar="X", help="Absolute tolerance against ONNX Runtime.")
@@ -237,10 +239,11 @@ def run(
         files = (text.partition("=")[2] or text for text in inputs or [])
         check_output(output, "the outputs' file", (".npz",), [library, *files])
     compiled = load(library)
-    if inputs:
-        result = compiled.run(**_read_arrays(inputs, [info.name for info in compiled.inputs]))
-    else:
-        result = compiled.run(*random_inputs(compiled.inputs, seed))
+    with _warnings_as_notes():
+        if inputs:
+            result = compiled.run(**_read_arrays(inputs, [info.name for info in compiled.inputs]))
+        else:
+            result = compiled.run(*random_inputs(compiled.inputs, seed))
     arrays = result if isinstance(result, tuple) else (result,)
     named = dict(zip((info.name for info in compiled.outputs), arrays, strict=True))
     if output is not None:
@@ -290,7 +293,7 @@ def verify(
     from dataclasses import asdict
 
     from tdc_tvm.compiled_model import load
-    from tdc_tvm.onnx_model import freeze_shapes, load_onnx
+    from tdc_tvm.onnx_model import frozen, load_onnx
     from tdc_tvm.verify import verify as compare
 
     compiled = load(library)
@@ -302,7 +305,8 @@ def verify(
             " expected the model that the library was built from"
         )
     try:
-        freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+        for entry in compiled.entries:
+            frozen(proto, {info.name: info.shape for info in entry.inputs})
     except TdcError as error:
         raise TdcError(f"{library} was not built from {model}: {error}") from None
     result = compare(compiled, proto, atol=atol, rtol=rtol, seed=seed)
@@ -330,19 +334,27 @@ def bench(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency: models and ONNX Runtime alternate, call by call, in one process."""
+    """Measure latency: models and ONNX Runtime alternate, call by call, in one process.
+
+    Every batch size that a library was built for is measured, or those that --batch says.
+    """
     from tdc_tvm.bench import Contender, measure, onnxruntime_contender
     from tdc_tvm.compiled_model import load
 
     contenders: list[Contender] = []
     for path in models:
         if path.suffix == ".so":
-            contenders.append(Contender.of(path.name, load(path), seed))
-            continue
-        compiled = _build(path, target, precision, decompose, input_shape, batch, False, True, 1e-5, None, seed)
-        contenders.append(Contender.of(f"{path.name}, tdc_tvm", compiled, seed))
-        if reference:
-            contenders.append(onnxruntime_contender(f"{path.name}, ONNX Runtime", path, compiled, seed))
+            name, compiled = path.name, load(path)
+        else:
+            name = f"{path.name}, tdc_tvm"
+            compiled = _build(path, target, precision, decompose, input_shape, batch, False, True, 1e-5, None, seed)
+        sizes = [entry.batch for entry in compiled.entries]
+        several = len(sizes) > 1
+        for size in batch if batch and sizes != [None] else sizes:
+            at = f", batch {size}" if several else ""
+            contenders.append(Contender.of(name + at, compiled, seed, size))
+            if reference and path.suffix != ".so":
+                contenders.append(onnxruntime_contender(f"{path.name}, ONNX Runtime{at}", path, compiled, seed, size))
     with _bar("Measuring", warmup + repeat) as advance:
         results = measure(contenders, warmup=warmup, repeat=repeat, advance=advance)
     if as_json:
@@ -375,9 +387,11 @@ def inspect(
 
             _print_json(asdict(data))
             return
-        for title, tensors in (("input", data.inputs), ("output", data.outputs)):
-            for info in tensors:
-                console.print(f"{title} {info.name}: {info.dtype}{list(info.shape)}")
+        for entry in data.entries:
+            at = f"batch {entry.batch} ({entry.function}): " if len(data.entries) > 1 else ""
+            for title, tensors in (("input", entry.inputs), ("output", entry.outputs)):
+                for info in tensors:
+                    console.print(f"{at}{title} {info.name}: {info.dtype}{list(info.shape)}")
         console.print(
             f"for {data.kind} {data.arch} on {data.machine}, TVM {data.tvm_version}, source {data.source_sha256[:12]}"
         )
@@ -475,7 +489,7 @@ def _build(
     precision: Precision,
     decompose: str | None,
     input_shape: list[str] | None,
-    batch: int | None,
+    batch: list[int] | None,
     require_full_fusion: bool,
     verify: bool,
     atol: float,
@@ -533,6 +547,14 @@ def _read_arrays(texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
         if not isinstance(arrays[name], np.ndarray):
             raise TdcError(f"{path} holds several arrays; expected a .npy file with one")
     return arrays
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Warnings on standard error, without the line of code that Python shows with them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: messages.print(f"note: {message}", markup=False, soft_wrap=True)
+        yield
 
 
 @contextmanager

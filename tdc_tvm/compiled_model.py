@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,6 +21,7 @@ import tvm.runtime.vm
 import tvm_ffi
 
 from tdc_tvm.artifact import (
+    Entry,
     Metadata,
     ObjectFiles,
     check_library_path,
@@ -26,7 +29,7 @@ from tdc_tvm.artifact import (
     load_module,
     read_metadata,
 )
-from tdc_tvm.cuda_graph import ENTRY, CannotRecord, CudaGraph
+from tdc_tvm.cuda_graph import CannotRecord, CudaGraph, with_storage
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.onnx_model import TensorInfo
@@ -43,8 +46,10 @@ class CompiledModel:
 
     Attributes
     ----------
+    entries : tuple[Entry, ...]
+        The batch sizes that were built, each with its inputs and outputs.
     inputs, outputs : tuple[TensorInfo, ...]
-        Names, shapes and dtypes, in the model's order.
+        Names, shapes and dtypes, in the model's order; shapes are those of the first entry.
     metadata : Metadata
         What the library's description section holds.
     report : BuildReport
@@ -58,24 +63,46 @@ class CompiledModel:
         self._code_state = _file_state(code) if isinstance(code, Path) else None
         self._lock = threading.RLock()
         self._vm: tvm.runtime.vm.VirtualMachine | None = None
-        self.why_no_graph = ""
+        self._points: dict[str, _EntryPoint] = {}
+        self._filled_up: set[int] = set()
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What was built, in the order that it was asked for."""
+        return self.metadata.entries
+
+    def entry(self, batch: int | None = None) -> Entry:
+        """The entry of a batch size that was built; by default the first.
+
+        Raises
+        ------
+        TdcError
+            If there is none.
+        """
+        for entry in self.entries:
+            if batch is None or entry.batch == batch:
+                return entry
+        raise TdcError(f"found batch={batch}; {self._built()}; leave batch (--batch) out for what was built first")
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """Inputs in the model's order."""
-        return self.metadata.inputs
+        return self.entries[0].inputs
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         """Outputs in the model's order."""
-        return self.metadata.outputs
+        return self.entries[0].outputs
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{t.name}{list(t.shape)}" for t in self.inputs)
+        inputs = ", ".join(f"{t.name}{list(t.shape)}" for entry in self.entries for t in entry.inputs)
         return f"CompiledModel({inputs} on {self.metadata.arch}, {len(self.report.fused)} fused Tucker layers)"
 
     def run(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the model.  Calls from several threads take turns.
+
+        A batch between the sizes that were built is filled up to the next larger one with zeros, and a warning says so
+        once for each size; so no image's result may depend on another's.
 
         Parameters
         ----------
@@ -92,52 +119,110 @@ class CompiledModel:
         Raises
         ------
         TdcError
-            If a name, shape or dtype does not fit, an input is missing or superfluous, or the
-            model was built for another machine.
+            If a name, shape or dtype does not fit, an input is missing or superfluous, the batch is larger than the
+            largest that was built, or the model was built for another machine.
         """
         values = self._bind(args, kwargs)
         wants_torch = any(_is_torch(value) for value in values)
         _ = self.machine  # first: it says what is wrong where there is no such device
         with self._lock, self._stream(wants_torch):  # one call at a time
-            tensors = [self._tensor(value, i) for i, value in enumerate(values)]
-            if wants_torch and self.graph is not None:
-                results = self._run_to_torch(self.graph, tensors)
+            arrays = [_read(value, info) for value, info in zip(values, self.inputs, strict=True)]
+            entry, rows = self._choose(arrays)
+            point = self._point(entry)
+            tensors = [point.place(array, number) for number, array in enumerate(arrays)]
+            if wants_torch and point.graph is not None:
+                results = point.run_to_torch(point.graph, tensors)
             else:
-                results = tuple(map(_to_torch if wants_torch else _to_numpy, self._run(tensors)))
+                results = tuple(map(_to_torch if wants_torch else _to_numpy, point.run(tensors)))
+        if rows is not None:
+            results = tuple(result[:rows] for result in results)
         return results if len(results) > 1 else results[0]
 
-    def _run(self, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[tvm.runtime.Tensor, ...]:
-        """Results that the next call overwrites, where there is a graph."""
-        if self.graph is None:
-            result = self.machine["main"](*tensors)
-            return (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
-        self.graph.launch([*tensors, *self.graph.outputs], tvm_ffi.get_raw_stream(self.device))
-        return self.graph.outputs
+    def _choose(self, arrays: Sequence[np.ndarray | tvm.runtime.Tensor]) -> tuple[Entry, int | None]:
+        """The entry that ``arrays`` go to, and how many images they are if they do not fill it."""
+        # Arrays that are wrong in other ways do not count; they are refused below.
+        sizes = {
+            info.name: int(array.shape[0])
+            for info, array, is_batched in zip(self.inputs, arrays, self._batched_inputs, strict=True)
+            if is_batched and tuple(array.shape[1:]) == info.shape[1:]
+        }
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise TdcError(f"the inputs' batches differ ({found}); pass as many images in each")
+        rows = next(iter(sizes.values()), 0)
+        entry = self._next_larger(rows) if sizes else self.entries[0]
+        for number, (info, array) in enumerate(zip(entry.inputs, arrays, strict=True)):
+            shape, dtype = tuple(array.shape), array.dtype.name if isinstance(array, np.ndarray) else str(array.dtype)
+            if shape != ((rows, *info.shape[1:]) if info.name in sizes else info.shape):
+                shapes = " or ".join(dict.fromkeys(str(other.inputs[number].shape) for other in self.entries))
+                raise TdcError(f"input {info.name!r} has shape {shape}; the model was built for {shapes}")
+            if dtype != info.dtype:
+                raise TdcError(f"input {info.name!r} has dtype {dtype}; expected {info.dtype} (convert it first)")
+        if not sizes or rows == entry.batch:
+            return entry, None
+        self._say_filled_up(rows, entry)
+        return entry, rows
 
-    def _run_to_torch(self, graph: CudaGraph, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[Any, ...]:
-        """Results in memory of PyTorch's."""
-        torch = sys.modules["torch"]
-        results = tuple(
-            torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cuda:0") for info in self.outputs
+    @functools.cached_property
+    def _batched_inputs(self) -> list[bool]:
+        return [_is_batched([(entry, entry.inputs[i]) for entry in self.entries]) for i in range(len(self.inputs))]
+
+    def _next_larger(self, rows: int) -> Entry:
+        fitting = [entry for entry in self.entries if entry.batch is not None and entry.batch >= rows > 0]
+        if not fitting:
+            raise TdcError(
+                f"found a batch of {rows}; {self._built()}: pass at least one image and at most as many as the largest,"
+                " or build the model for more"
+            )
+        return min(fitting, key=lambda entry: entry.batch or 0)
+
+    def _say_filled_up(self, rows: int, entry: Entry) -> None:
+        for number, info in enumerate(entry.outputs):
+            if not _is_batched([(other, other.outputs[number]) for other in self.entries]):
+                raise TdcError(
+                    f"found a batch of {rows}; {self._built()}. It cannot be filled up to {entry.batch}, as the leading"
+                    f" extent of output {info.name!r} {info.shape} is not the batch: pass one of these sizes, or build"
+                    f" the model with batch={rows} too"
+                )
+        if rows not in self._filled_up:
+            self._filled_up.add(rows)
+            warnings.warn(
+                f"a batch of {rows} runs as one of {entry.batch}, filled up with zeros; {self._built()}."
+                f" Build it with batch={rows} too if that size is frequent",
+                stacklevel=4,
+            )
+
+    def _built(self) -> str:
+        sizes = sorted(entry.batch for entry in self.entries if entry.batch is not None)
+        return (
+            f"the model was built for batches of {', '.join(map(str, sizes))}"
+            if sizes
+            else "the model's shapes are fixed"
         )
-        graph.launch([*tensors, *results], tvm_ffi.get_raw_stream(self.device))
-        return results
+
+    def _point(self, entry: Entry) -> _EntryPoint:
+        with self._lock:
+            if entry.function not in self._points:
+                self._points[entry.function] = _EntryPoint(entry, self.machine, self.device)
+            return self._points[entry.function]
 
     def _stream(self, wants_torch: bool) -> AbstractContextManager:
         """Where PyTorch's tensors go in and out, its stream is the one that calls are ordered on."""
         return tvm_ffi.use_torch_stream() if wants_torch and self.metadata.kind == "cuda" else nullcontext()
 
-    def benchmark(self, *, warmup: int = 5, repeat: int = 50, seed: int = 0) -> np.ndarray:
+    def benchmark(self, *, batch: int | None = None, warmup: int = 5, repeat: int = 50, seed: int = 0) -> np.ndarray:
         """Latencies of single calls on random input already on the device, in milliseconds, in order.
 
         Parameters
         ----------
+        batch : int, optional
+            A size that was built; by default the first.
         warmup, repeat : int
             Calls before and during the measurement.
         seed : int
             Of the random input.
         """
-        call = self.prepared_call(random_inputs(self.inputs, seed))
+        call = self.prepared_call(random_inputs(self.entry(batch).inputs, seed))
         for _ in range(warmup):
             call()
         samples = np.empty(repeat)
@@ -149,12 +234,14 @@ class CompiledModel:
 
     def prepared_call(self, values: list[np.ndarray]) -> Callable[[], None]:
         """A call that runs the model to its end on inputs that are copied to the device now."""
-        _, device = self.machine, self.device
-        tensors = [tvm.runtime.tensor(value, device) for value in values]
+        device = self.device
+        entry, _ = self._choose(values)
+        point = self._point(entry)
+        tensors = [_fill(buffer, value) for buffer, value in zip(point.new_buffers(), values, strict=True)]
 
         def call() -> None:
             with self._lock:
-                self._run(tensors)
+                point.run(tensors)
             device.sync()
 
         return call
@@ -196,22 +283,16 @@ class CompiledModel:
                 self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
             return self._vm
 
-    @functools.cached_property
+    @property
     def graph(self) -> CudaGraph | None:
-        """On a GPU the call, recorded at its first use; none where it cannot be, which `why_no_graph` then says."""
-        if self.metadata.kind != "cuda":
-            return None
+        """On a GPU the first entry's recorded call; none where it cannot be, which `why_no_graph` then says."""
         with self._lock:
-            try:
-                return CudaGraph(self.machine[ENTRY], self._buffers)
-            except (CannotRecord, ImportError, RuntimeError) as error:
-                self.why_no_graph = str(error)
-                return None
+            return self._point(self.entries[0]).graph
 
-    @functools.cached_property
-    def _buffers(self) -> list[tvm.runtime.Tensor]:
-        """Inputs on the device, for what lies elsewhere."""
-        return [tvm.runtime.empty(info.shape, info.dtype, self.device) for info in self.inputs]
+    @property
+    def why_no_graph(self) -> str:
+        """Why there is no `graph` on a GPU."""
+        return self._point(self.entries[0]).why_no_graph
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
         names = [info.name for info in self.inputs]
@@ -229,26 +310,93 @@ class CompiledModel:
             raise TdcError(f"missing input(s) {', '.join(missing)}; the model takes {expected}")
         return [given[name] for name in names]
 
-    def _tensor(self, value: Any, number: int) -> tvm.runtime.Tensor:
-        info = self.inputs[number]
-        if isinstance(value, np.ndarray):
-            _check(info, value.shape, value.dtype.name)
-            return self._buffers[number].copyfrom(np.asarray(value, value.dtype.newbyteorder("="), order="C"))
-        if not hasattr(value, "__dlpack__"):
-            raise TdcError(
-                f"input {info.name!r} is a {type(value).__name__}; expected a NumPy array or a DLPack tensor"
-            )
+
+class _EntryPoint:
+    """An entry of a model at work; buffers and the recorded call are made at their first use."""
+
+    def __init__(self, entry: Entry, machine: tvm.runtime.vm.VirtualMachine, device: tvm.runtime.Device) -> None:
+        self.entry = entry
+        self.machine = machine
+        self.device = device
+        self.why_no_graph = ""
+
+    def run(self, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[tvm.runtime.Tensor, ...]:
+        """Results that the next call overwrites, where there is a graph."""
+        if self.graph is None:
+            result = self.machine[self.entry.function](*tensors)
+            return (result,) if isinstance(result, tvm.runtime.Tensor) else tuple(result)
+        self.graph.launch([*tensors, *self.graph.outputs], tvm_ffi.get_raw_stream(self.device))
+        return self.graph.outputs
+
+    def run_to_torch(self, graph: CudaGraph, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[Any, ...]:
+        """Results in memory of PyTorch's."""
+        torch = sys.modules["torch"]
+        results = tuple(
+            torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="cuda:0") for info in self.entry.outputs
+        )
+        graph.launch([*tensors, *results], tvm_ffi.get_raw_stream(self.device))
+        return results
+
+    @functools.cached_property
+    def graph(self) -> CudaGraph | None:
+        """On a GPU the call, recorded at its first use; none where it cannot be, which `why_no_graph` then says."""
+        if self.device.dlpack_device_type() == _DLPACK_CPU:
+            return None
         try:
-            tensor = _from_dlpack(value)
-        except Exception as error:  # each library has its own for what it cannot hand over
-            raise TdcError(
-                f"input {info.name!r}, a {type(value).__name__}, cannot be read by DLPack"
-                f" ({str(error).strip().splitlines()[0]}); pass a dense, contiguous tensor"
-            ) from None
-        _check(info, tuple(tensor.shape), str(tensor.dtype))
-        if tensor.device != self.device:
-            tensor = self._buffers[number].copyfrom(tensor)
-        return tensor
+            return CudaGraph(self.machine[with_storage(self.entry.function)], self.buffers)
+        except (CannotRecord, ImportError, RuntimeError) as error:
+            self.why_no_graph = str(error)
+            return None
+
+    @functools.cached_property
+    def buffers(self) -> list[tvm.runtime.Tensor]:
+        """Inputs on the device, for what lies elsewhere."""
+        return self.new_buffers()
+
+    def new_buffers(self) -> list[tvm.runtime.Tensor]:
+        """Room for the inputs on the device."""
+        return [tvm.runtime.empty(info.shape, info.dtype, self.device) for info in self.entry.inputs]
+
+    def place(self, array: np.ndarray | tvm.runtime.Tensor, number: int) -> tvm.runtime.Tensor:
+        """An input on the device, filled up to its extent there."""
+        here = isinstance(array, tvm.runtime.Tensor) and array.device == self.device
+        if here and tuple(array.shape) == self.entry.inputs[number].shape:
+            return array
+        return _fill(self.buffers[number], array)
+
+
+def _is_batched(tensors: list[tuple[Entry, TensorInfo]]) -> bool:
+    """Whether the leading extent of an input or output is the batch in each entry."""
+    return all(entry.batch is not None and info.shape[:1] == (entry.batch,) for entry, info in tensors)
+
+
+def _fill(buffer: tvm.runtime.Tensor, array: np.ndarray | tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+    """Copy ``array`` to ``buffer``, and zeros to what it leaves of it."""
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    if tuple(array.shape) == tuple(buffer.shape):
+        return buffer.copyfrom(array)
+    rows, (batch, *extents) = array.shape[0], buffer.shape
+    rest = np.zeros((batch - rows, *extents), str(buffer.dtype))
+    buffer._create_view(array.shape).copyfrom(array)
+    offset = rows * math.prod(extents) * rest.itemsize
+    buffer._create_view(rest.shape, relative_byte_offset=offset).copyfrom(rest)
+    return buffer
+
+
+def _read(value: Any, info: TensorInfo) -> np.ndarray | tvm.runtime.Tensor:
+    """A NumPy array as it is, any other tensor as one of TVM's."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not hasattr(value, "__dlpack__"):
+        raise TdcError(f"input {info.name!r} is a {type(value).__name__}; expected a NumPy array or a DLPack tensor")
+    try:
+        return _from_dlpack(value)
+    except Exception as error:  # each library has its own for what it cannot hand over
+        raise TdcError(
+            f"input {info.name!r}, a {type(value).__name__}, cannot be read by DLPack"
+            f" ({str(error).strip().splitlines()[0]}); pass a dense, contiguous tensor"
+        ) from None
 
 
 def _from_dlpack(value: Any) -> tvm.runtime.Tensor:
@@ -283,13 +431,6 @@ def _file_state(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _check(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:
-    if tuple(shape) != info.shape:
-        raise TdcError(f"input {info.name!r} has shape {tuple(shape)}; the model was built for {info.shape}")
-    if dtype != info.dtype:
-        raise TdcError(f"input {info.name!r} has dtype {dtype}; expected {info.dtype} (convert it first)")
 
 
 def check_seed(seed: int) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
 import tvm
 from onnx import helper
 from tvm import relax
 from tvm.target import Target
 
-from tdc_tvm.artifact import Metadata, ObjectFiles, check_runs_here, cxx_compiler, host_features
+from tdc_tvm.artifact import Entry, Metadata, ObjectFiles, check_runs_here, cxx_compiler, host_features
 from tdc_tvm.compiled_model import CompiledModel, check_seed
 from tdc_tvm.cuda_toolchain import cuda_compiler
 from tdc_tvm.errors import TdcError
@@ -28,6 +29,7 @@ from tdc_tvm.onnx_model import (
     constants,
     conv_nodes,
     freeze_shapes,
+    frozen,
     layer_names,
     load_onnx,
     parameter_count,
@@ -37,6 +39,7 @@ from tdc_tvm.plan import RankSpec
 from tdc_tvm.quiet import without_chatter
 from tdc_tvm.relay_passes.import_onnx import import_onnx
 from tdc_tvm.relay_passes.layers import layers_of
+from tdc_tvm.relay_passes.link_entries import link_entries
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
 from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
@@ -56,7 +59,7 @@ def build(
     *,
     decompose: RankSpec | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    batch: int | None = None,
+    batch: int | Sequence[int] | None = None,
     require_full_fusion: bool = False,
     verify: bool = True,
     atol: float = 1e-5,
@@ -81,8 +84,9 @@ def build(
         in (0, 1), a `DecompositionPlan` or its path, or a preset's name.
     input_shapes : mapping of input name to shape, optional
         For inputs with dynamic dimensions.
-    batch : int, optional
-        Size of a dynamic leading dimension.
+    batch : int or sequence of int, optional
+        Size of a dynamic leading dimension.  Several sizes share one library: the first is its function ``main``, a
+        further one of 8 is ``main_8``.
     require_full_fusion : bool
         Fail if a Tucker layer cannot be one operator.
     verify : bool
@@ -99,7 +103,7 @@ def build(
     Raises
     ------
     TdcError
-        If the model, the plan or the target is faulty, a compiler is missing, a chain stays
+        If the model, the plan, a batch size or the target is faulty, a compiler is missing, a chain stays
         unfused although full fusion is required, or verification fails.
 
     Examples
@@ -112,43 +116,42 @@ def build(
     check_precision(precision)
     check_tolerances(atol, rtol)
     check_seed(seed)
+    sizes = _batch_sizes(batch)
     cxx_compiler()
-    job = _prepare(model, target, precision, decompose, input_shapes, batch, progress)
-    reference = onnx.ModelProto()
-    if verify:
-        reference.CopyFrom(job.proto)
-    simplify(job.proto)
-    context = cuda_compiler(job.target) if job.target.kind.name == "cuda" else nullcontext()
-    with context, _compiling(), job.target, tvm.transform.PassContext(opt_level=3):
-        mod = _graph(job, progress)
-        report = job.report(mod)
-        if require_full_fusion and report.unfused:
-            lines = "\n".join(f"  {layer.name}: {layer.reason}" for layer in report.unfused)
-            raise TdcError(
-                f"{len(report.unfused)} Tucker layer(s) are not one operator, and full fusion is required:\n{lines}\n"
-                "Change the model as the reasons say, or build without require_full_fusion (--require-full-fusion)"
-            )
-        outputs = _outputs(job.proto, mod)
+    source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
+    context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
+    with context, _compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+        entries: list[Entry] = []
+        reports, graphs = [], {}
+        for size in sizes:
+            job = source.at(size)
+            mod = _graph(job, progress)
+            report = job.report(mod)
+            if require_full_fusion:
+                _check_fused(report)
+            name = f"main_{size}" if entries else "main"
+            entries.append(Entry(name, size, tuple(job.inputs), _outputs(job.proto, mod)))
+            reports.append(report)
+            graphs[name] = mod
         progress("generating code")
-        mod = tvm.transform.Sequential(lowering_passes(job.target))(mod)
-        pipeline = TIR_PIPELINE if job.target.kind.name == "cuda" else "default"
-        code = ObjectFiles(relax.build(mod, job.target, relax_pipeline=None, tir_pipeline=pipeline))
-    report = replace(report, build_seconds=time.perf_counter() - start)
+        mod = tvm.transform.Sequential(lowering_passes(source.target))(link_entries(graphs))
+        pipeline = TIR_PIPELINE if source.target.kind.name == "cuda" else "default"
+        code = ObjectFiles(relax.build(mod, source.target, relax_pipeline=None, tir_pipeline=pipeline))
+    report = replace(reports[0], further=tuple(reports[1:]), build_seconds=time.perf_counter() - start)
     metadata = Metadata(
-        inputs=tuple(job.inputs),
-        outputs=outputs,
-        kind=job.target.kind.name,
+        entries=tuple(entries),
+        kind=source.target.kind.name,
         arch=report.target,
-        machine=_machine(job.target),
-        cpu_features=host_features(job.target),
+        machine=_machine(source.target),
+        cpu_features=host_features(source.target),
         tvm_version=tvm.__version__,
-        source_sha256=job.source_sha256,
+        source_sha256=source.source_sha256,
         report=report.to_dict(),
     )
     compiled = CompiledModel(metadata, code)
     if verify:
         progress("verifying")
-        compiled.report = replace(report, verification=_verification(compiled, reference, atol, rtol, seed))
+        compiled.report = replace(report, verification=_verification(compiled, source.proto, atol, rtol, seed))
         compiled.metadata = replace(metadata, report=compiled.report.to_dict())
     return compiled
 
@@ -159,40 +162,75 @@ def plan_build(
     *,
     decompose: RankSpec | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    batch: int | None = None,
+    batch: int | Sequence[int] | None = None,
 ) -> BuildReport:
     """What `build` would decide on every layer, without compiling anything; no GPU or compiler is needed.
 
     Parameters and errors are those of `build`.
     """
-    job = _prepare(model, target, "fp32", decompose, input_shapes, batch, lambda step: None)
-    simplify(job.proto)
-    with _compiling(), job.target:
-        return job.report(_graph(job, lambda step: None))
+    sizes = _batch_sizes(batch)
+    source = _prepare(model, target, "fp32", decompose, input_shapes, sizes[0], lambda step: None)
+    reports = []
+    with _compiling(), source.target:
+        for size in sizes:
+            job = source.at(size)
+            reports.append(job.report(_graph(job, lambda step: None)))
+    return replace(reports[0], further=tuple(reports[1:]))
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A checked model with static shapes, and what it is built for."""
+class _Source:
+    """A checked model, its inputs as they are declared, and what it is built for."""
 
     proto: onnx.ModelProto
-    inputs: list[TensorInfo]
+    input_shapes: Mapping[str, Sequence[int]] | None
     target: Target
     device: DeviceSpec
     precision: str
     source_sha256: str
     notes: tuple[str, ...]
 
+    def at(self, batch: int | None) -> _Job:
+        proto, inputs = frozen(self.proto, self.input_shapes, batch)
+        simplify(proto)
+        return _Job(self, batch, proto, inputs)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A copy of the model with static shapes, made simpler."""
+
+    source: _Source
+    batch: int | None
+    proto: onnx.ModelProto
+    inputs: list[TensorInfo]
+
     def report(self, mod: tvm.IRModule) -> BuildReport:
+        target = self.source.target
         return BuildReport(
-            target=str(self.target.attrs.get("arch", self.target.attrs.get("mcpu", self.target.kind.name))),
-            device=self.device.name,
-            precision=self.precision,
+            target=str(target.attrs.get("arch", target.attrs.get("mcpu", target.kind.name))),
+            device=self.source.device.name,
+            precision=self.source.precision,
             layers=tuple(layers_of(mod)),
             macs=_macs(self.proto),
             parameters=parameter_count(self.proto),
-            notes=self.notes,
+            notes=self.source.notes,
+            batch=self.batch,
         )
+
+
+def _batch_sizes(batch: int | Sequence[int] | None) -> tuple[int | None, ...]:
+    """The batch sizes that ``batch`` stands for; None is the size that the model declares."""
+    if batch is None:
+        return (None,)
+    sizes = tuple(batch) if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)) else (batch,)
+    whole = all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size > 0 for size in sizes)
+    if not sizes or not whole or len(set(sizes)) < len(sizes):
+        raise TdcError(
+            f"batch is {batch!r}; expected a whole number from 1 on, such as 1, or several different ones,"
+            " such as [1, 8] (--batch 1 --batch 8)"
+        )
+    return tuple(int(size) for size in sizes)
 
 
 def check_precision(precision: str) -> None:
@@ -209,7 +247,8 @@ def _prepare(
     input_shapes: Mapping[str, Sequence[int]] | None,
     batch: int | None,
     progress: Progress,
-) -> _Job:
+) -> _Source:
+    """Read and check a model, also whether ``batch`` fits it: before it is decomposed, which takes long."""
     resolved = resolve_target(target)
     device = DeviceSpec.from_target(resolved)
     known = ["fp32", *device.tensor_flops_per_s] if device.kind == "cuda" else ["fp32"]
@@ -223,13 +262,15 @@ def _prepare(
     for node in proto.graph.node:
         digest.update(node.SerializeToString(deterministic=True))
     check_operators(proto)
-    inputs = freeze_shapes(proto, input_shapes, batch)
+    declared = onnx.GraphProto(input=proto.graph.input)
+    freeze_shapes(proto, input_shapes, batch)
     notes: tuple[str, ...] = ()
     if decompose is not None:
         progress("decomposing")
         notes = decompose_onnx(proto, decompose).notes
-        freeze_shapes(proto, {info.name: info.shape for info in inputs})
-    return _Job(proto, inputs, resolved, device, precision, digest.hexdigest(), notes)
+    del proto.graph.input[:]
+    proto.graph.input.extend(declared.input)
+    return _Source(proto, input_shapes, resolved, device, precision, digest.hexdigest(), notes)
 
 
 def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
@@ -237,7 +278,8 @@ def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
     progress("importing")
     mod = import_onnx(job.proto, layer_names(job.proto))
     progress("fusing and scheduling")
-    return tvm.transform.Sequential(graph_passes(job.device, job.precision, tucker_layer_names(job.proto)))(mod)
+    passes = graph_passes(job.source.device, job.source.precision, tucker_layer_names(job.proto))
+    return tvm.transform.Sequential(passes)(mod)
 
 
 @contextmanager
@@ -251,6 +293,15 @@ def _compiling() -> Iterator[None]:
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise TdcError(f"TVM cannot compile this model: {type(error).__name__}: {first}") from error
+
+
+def _check_fused(report: BuildReport) -> None:
+    if report.unfused:
+        lines = "\n".join(f"  {layer.name}: {layer.reason}" for layer in report.unfused)
+        raise TdcError(
+            f"{len(report.unfused)} Tucker layer(s) are not one operator, and full fusion is required:\n{lines}\n"
+            "Change the model as the reasons say, or build without require_full_fusion (--require-full-fusion)"
+        )
 
 
 def _outputs(proto: onnx.ModelProto, mod: tvm.IRModule) -> tuple[TensorInfo, ...]:

@@ -11,9 +11,12 @@ from typing import Any
 import tvm_ffi
 from tvm.runtime import Tensor
 
-# What a network's function is called that gives its results and all memory that it wrote to.
-ENTRY = "main_with_storage"
 _POINTER_BYTES = 8
+
+
+def with_storage(name: str) -> str:
+    """What the function is called that does what ``name`` does, and gives all memory that it wrote to besides."""
+    return f"{name}_with_storage"
 
 
 class CannotRecord(Exception):
@@ -41,7 +44,7 @@ class CudaGraph:
     Parameters
     ----------
     entry : callable
-        `ENTRY`: what it gives is kept as long as the graph.
+        One that `with_storage` names: what it gives is kept as long as the graph.
     inputs : sequence of tvm.runtime.Tensor
         On the device.
 

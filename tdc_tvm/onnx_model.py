@@ -331,6 +331,15 @@ def freeze_shapes(
     return infos
 
 
+def frozen(
+    model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]] | None = None, batch: int | None = None
+) -> tuple[onnx.ModelProto, list[TensorInfo]]:
+    """A copy of ``model`` that `freeze_shapes` gave static shapes, and its inputs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy, freeze_shapes(copy, input_shapes, batch)
+
+
 def _given_shape(name: str, shape: Sequence[int]) -> list[int]:
     try:
         return [operator.index(extent) for extent in shape]

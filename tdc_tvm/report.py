@@ -50,6 +50,10 @@ class BuildReport:
         Agreement with ONNX Runtime.
     notes : tuple[str, ...]
         What the user should know besides.
+    batch : int or None
+        The batch size that was asked for.
+    further : tuple[BuildReport, ...]
+        Of further batch sizes, their layers and multiply-adds.
     """
 
     target: str
@@ -61,6 +65,8 @@ class BuildReport:
     build_seconds: float = 0.0
     verification: Verification = field(default_factory=lambda: Verification("skipped", "not asked for"))
     notes: tuple[str, ...] = ()
+    batch: int | None = None
+    further: tuple[BuildReport, ...] = ()
 
     def to_dict(self) -> dict:
         """The report as plain data."""
@@ -78,6 +84,7 @@ class BuildReport:
                 **data,
                 "layers": layers,
                 "notes": tuple(data["notes"]),
+                "further": tuple(BuildReport.from_dict(report) for report in data["further"]),
                 "verification": Verification(**data["verification"]),
             }
         )
@@ -94,18 +101,25 @@ class BuildReport:
 
     def predictions(self) -> Text:
         """How each layer is computed, and what the model's prediction is the sum of, a line for each."""
-        lines = ["prediction of the analytical model, us:"]
-        for layer in self.layers:
-            if layer.predicted_parts_us:
-                # Zero is added, so that what rounds to -0.00 has no sign.
-                parts = " + ".join(f"{name} {round(us, 2) + 0.0:.2f}" for name, us in layer.predicted_parts_us.items())
-                how = f"{layer.strategy} {layer.config}"
-                lines.append(f"  {layer.name} ({how}): {parts} = {layer.predicted_latency_us:.2f}")
+        lines = []
+        for report in (self, *self.further):
+            lines.append(f"prediction of the analytical model{self._at(report)}, us:")
+            for layer in report.layers:
+                if layer.predicted_parts_us:
+                    # Zero is added, so that what rounds to -0.00 has no sign.
+                    sums = ((name, round(us, 2) + 0.0) for name, us in layer.predicted_parts_us.items())
+                    parts = " + ".join(f"{name} {us:.2f}" for name, us in sums)
+                    how = f"{layer.strategy} {layer.config}"
+                    lines.append(f"  {layer.name} ({how}): {parts} = {layer.predicted_latency_us:.2f}")
         return Text("\n".join(lines))
+
+    def _at(self, report: BuildReport) -> str:
+        return f" at batch {report.batch}" if self.further else ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
-        table = Table(title=f"{count} on {self.device}, {self.precision}", title_justify="left")
+        title = f"{count} on {self.device}, {self.precision}{self._at(self)}"
+        table = Table(title=title, title_justify="left")
         columns = [
             "layer",
             "kind",
@@ -146,13 +160,16 @@ class BuildReport:
             shown = (cells[column] for column in columns if column not in hidden)
             table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in shown))
         yield table
-        for layer in self.unfused:
-            yield Text(f"not fused: {layer.name}: {layer.reason}", "red")
+        for name, reason in dict.fromkeys((x.name, x.reason) for r in (self, *self.further) for x in r.unfused):
+            yield Text(f"not fused: {name}: {reason}", "red")
         tucker_count = len(self.fused) + len(self.unfused)
         yield Text(
             f"{len(self.fused)} of {tucker_count} Tucker layers fused; "
             f"{_count(self.macs)} multiply-adds in convolutions, {_count(self.parameters)} parameters"
         )
+        for report in (self, *self.further) if self.further else ():
+            predicted = sum(layer.predicted_latency_us or 0.0 for layer in report.layers)
+            yield Text(f"batch {report.batch}: {predicted:.1f} us predicted for all layers")
         if self.build_seconds:
             style = "green" if self.verification.status == "passed" else "yellow"
             yield Text(f"built in {self.build_seconds:.1f} s for {self.target}")

@@ -8,8 +8,10 @@ from numbers import Real
 import numpy as np
 import onnx
 
+from tdc_tvm.artifact import Entry
 from tdc_tvm.compiled_model import CompiledModel, random_inputs
 from tdc_tvm.errors import TdcError
+from tdc_tvm.onnx_model import frozen
 from tdc_tvm.report import Verification
 
 # Of a result relative to an output's largest magnitude, by the precision of convolutions: what tens of layers lose.
@@ -64,12 +66,14 @@ def verify(
 ) -> Verification:
     """Compare outputs on seeded random input: ``max|ours - reference| <= atol + rtol * max|reference|`` for each.
 
+    Every batch size that was built is compared.
+
     Parameters
     ----------
     compiled : CompiledModel
         A model that can run here.
     model : onnx.ModelProto
-        The reference, with static shapes.
+        The reference; where its inputs are dynamic, they take the extents that were built.
     atol : float
         Absolute tolerance.
     rtol : float, optional
@@ -85,15 +89,28 @@ def verify(
     """
     check_tolerances(atol, rtol)
     rtol = _RTOL[compiled.report.precision] if rtol is None else rtol
-    values = random_inputs(compiled.inputs, seed)
+    worst, details = 0.0, []
+    for entry in compiled.entries:
+        error, detail = _compare(compiled, entry, model, atol, rtol, seed)
+        worst = max(worst, error)
+        details.append(f"batch {entry.batch}: {detail}" if len(compiled.entries) > 1 else detail)
+    return Verification("passed", f"{'; '.join(details)} (atol {atol:g}, rtol {rtol:g}, seed {seed})", worst)
+
+
+def _compare(
+    compiled: CompiledModel, entry: Entry, model: onnx.ModelProto, atol: float, rtol: float, seed: int
+) -> tuple[float, str]:
+    """The largest difference of an entry's outputs, and the differences of all as text."""
+    reference, _ = frozen(model, {info.name: info.shape for info in entry.inputs})
+    values = random_inputs(entry.inputs, seed)
     ours = compiled.run(*values)
     ours = ours if isinstance(ours, tuple) else (ours,)
-    expected = reference_outputs(model, {info.name: value for info, value in zip(compiled.inputs, values, strict=True)})
+    expected = reference_outputs(reference, dict(zip((info.name for info in entry.inputs), values, strict=True)))
     if len(ours) != len(expected):
         raise TdcError(f"the compiled model has {len(ours)} outputs, ONNX Runtime gives {len(expected)}")
     worst = 0.0
     details = []
-    for info, have, want in zip(compiled.outputs, ours, expected, strict=True):
+    for info, have, want in zip(entry.outputs, ours, expected, strict=True):
         if have.shape != want.shape:
             raise TdcError(f"output {info.name!r} has shape {have.shape}; ONNX Runtime gives {want.shape}")
         if have.dtype != want.dtype:
@@ -117,4 +134,4 @@ def verify(
             )
         worst = max(worst, error)
         details.append(f"{info.name} differs by {error:.2g} at magnitude {scale:.2g}")
-    return Verification("passed", f"{'; '.join(details)} (atol {atol:g}, rtol {rtol:g}, seed {seed})", worst)
+    return worst, "; ".join(details)

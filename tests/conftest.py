@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def make_tucker_model(scale: float = 1.0) -> onnx.ModelProto:
+def make_tucker_model(scale: float = 1.0, batch: int | str = 1) -> onnx.ModelProto:
     """One Tucker layer, 1x8x6x6 to 1x8x6x6, and ReLU; ``scale`` multiplies the output."""
     rng = np.random.default_rng(0)
     shapes = {"w_first": (4, 8, 1, 1), "w_core": (4, 4, 3, 3), "w_last": (8, 4, 1, 1)}
@@ -33,7 +33,7 @@ def make_tucker_model(scale: float = 1.0) -> onnx.ModelProto:
         helper.make_node("Conv", ["b", "w_last"], ["c"], name="last"),
         helper.make_node("Relu", ["c"], ["y"]),
     ]
-    return _model(nodes, {"x": [1, 8, 6, 6]}, {"y": [1, 8, 6, 6]}, weights)
+    return _model(nodes, {"x": [batch, 8, 6, 6]}, {"y": [batch, 8, 6, 6]}, weights)
 
 
 def make_two_input_model() -> onnx.ModelProto:

@@ -108,15 +108,42 @@ def test_inputs_by_name_and_outputs_of_any_name(two_inputs, tmp_path):
 
 
 def test_a_dynamic_batch_is_frozen(tucker_model, tmp_path):
-    model = tucker_model()
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_param = "n"
-    onnx.save(model, tmp_path / "m.onnx")
+    onnx.save(tucker_model(batch="n"), tmp_path / "m.onnx")
     with pytest.raises(TdcError, match=r"dynamic shape .* pass batch=1"):
         tdc("build", tmp_path / "m.onnx", "-o", tmp_path / "m.so")
     for flags in (("--batch", 2), ("--input-shape", "x:2x8x6x6")):
         tdc("build", tmp_path / "m.onnx", "-o", tmp_path / "m.so", "-t", "llvm", *flags)
         assert tdc_tvm.load(tmp_path / "m.so").inputs[0].shape == (2, 8, 6, 6)
+
+
+def test_several_batch_sizes(tucker_model, tmp_path):
+    model, library = tmp_path / "m.onnx", tmp_path / "m.so"
+    onnx.save(tucker_model(batch="n"), model)
+    sizes = ("--batch", 1, "--batch", 3)
+    assert "batch 3: " in tdc("inspect", model, "-t", "llvm", *sizes)
+    data = json.loads(tdc("build", model, "-o", library, "-t", "llvm", *sizes, "--json"))
+    assert [data["batch"], *(report["batch"] for report in data["further"])] == [1, 3]
+    text = tdc("inspect", library)
+    assert "batch 1 (main): input x: float32[1, 8, 6, 6]" in text
+    assert "batch 3 (main_3): output y: float32[3, 8, 6, 6]" in text
+    assert "batch 1: y differs by" in tdc("verify", library, model)
+
+    np.save(tmp_path / "x.npy", np.ones((2, 8, 6, 6), np.float32))
+    done = from_outside("run", library, "-i", tmp_path / "x.npy")
+    assert "2x8x6x6" in done.stdout
+    assert done.stderr.startswith("note: a batch of 2 runs as one of 3, filled up with zeros; the model was built for")
+    assert len(done.stderr.splitlines()) == 1
+
+    quick = ("--repeat", 1, "--warmup", 0)
+    names = [result["name"] for result in json.loads(tdc("bench", library, *quick, "--json"))["results"]]
+    assert names == ["m.so, batch 1", "m.so, batch 3"]
+    text = tdc("bench", library, model, "-t", "llvm", "--batch", 3, *quick)
+    for name in ("m.so, batch 3", "m.onnx, tdc_tvm ", "m.onnx, ONNX Runtime "):
+        assert name in text
+    with pytest.raises(TdcError, match="found batch=2; the model was built for batches of 1, 3; leave batch"):
+        tdc("bench", library, "--batch", 2, *quick)
+    with pytest.raises(TdcError, match=r"batch is \[2, 2\]; expected a whole number from 1 on"):
+        tdc("build", model, "-o", library, "--batch", 2, "--batch", 2)
 
 
 COMPRESS = ("compress", "{model}", "-r", "2,2", "-o", "{tmp}/m.onnx", "--save-plan")

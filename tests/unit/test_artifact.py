@@ -47,9 +47,10 @@ def set_machine(number):
     ("edit", "message"),
     [
         (set_machine(EM_AARCH64), "holds code for aarch64 machines and a description for x86_64.*copy it again"),
-        (swap(b'"format_version": 1', b'"format_version": 7'), "has format version 7; this release reads 1; build it"),
-        (swap(b'"format_version": 1', b'"format_versiom": 1'), "description in .* is damaged"),
+        (swap(b'"format_version": 2', b'"format_version": 1'), "has format version 1; this release reads 2; build it"),
+        (swap(b'"format_version": 2', b'"format_versiom": 2'), "description in .* is damaged"),
         (swap(b'"inputs"', b'"inputz"'), "description in .* is damaged"),
+        (swap(b'"entries"', b'"entriez"'), "description in .* is damaged"),
         (swap(b'"report"', b'"rep\\u0"'), "description in .* is damaged"),
         (swap(b'"tvm_version": "0.27', b'"tvm_version": "0.31'), r"built with TVM 0\.31.*installed is 0\.27.*install"),
         (swap(b'"kind": "llvm"', b'"kind": "cuda"'), "was built for GPU architecture .*no usable GPU.*build it for"),
@@ -147,8 +148,10 @@ def test_gpu_machine_code_runs_on_its_own_generation(compiled, monkeypatch, arch
 def test_the_description_tells_everything(library, compiled):
     metadata = read_metadata(library)
     assert metadata == replace(compiled.metadata, report=json.loads(json.dumps(compiled.metadata.report)))
-    assert [(t.name, t.shape, t.dtype) for t in metadata.inputs] == [("x", (1, 8, 6, 6), "float32")]
-    assert [(t.name, t.shape, t.dtype) for t in metadata.outputs] == [("y", (1, 8, 6, 6), "float32")]
+    (entry,) = metadata.entries
+    assert (entry.function, entry.batch) == ("main", None)
+    assert [(t.name, t.shape, t.dtype) for t in entry.inputs] == [("x", (1, 8, 6, 6), "float32")]
+    assert [(t.name, t.shape, t.dtype) for t in entry.outputs] == [("y", (1, 8, 6, 6), "float32")]
     assert metadata.tvm_version == tvm.__version__
     assert metadata.report["verification"]["status"] == "passed"
 

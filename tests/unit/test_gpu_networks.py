@@ -14,7 +14,6 @@ from tvm.target import Target
 
 from tdc_tvm.compiler import _compiling, _graph, _prepare, build
 from tdc_tvm.errors import TdcError
-from tdc_tvm.onnx_rewrite import simplify
 from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.pipeline import lowering_passes
 from tdc_tvm.schedules.cuda.lowering import CONFIG_ATTR
@@ -82,9 +81,9 @@ class _Emulated(relax.PyExprMutator):
 
 def graph_of(model, precision):
     """A network with kernels of an H100."""
-    job = _prepare(model, "sm_90", precision, None, None, None, lambda step: None)
-    simplify(job.proto)
-    with _compiling(), job.target, tvm.transform.PassContext(opt_level=3):
+    source = _prepare(model, "sm_90", precision, None, None, None, lambda step: None)
+    job = source.at(None)
+    with _compiling(), source.target, tvm.transform.PassContext(opt_level=3):
         return _graph(job, lambda step: None)
 
 

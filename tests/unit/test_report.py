@@ -162,7 +162,7 @@ class Fake:
     """A compiled model that gives what it is told."""
 
     def __init__(self, compiled, result):
-        self.inputs, self.outputs, self.run = compiled.inputs, compiled.outputs, lambda *values: result
+        self.entries, self.run = compiled.entries, lambda *values: result
 
 
 @pytest.mark.parametrize(
