@@ -29,7 +29,7 @@ from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 
 # How much a pick that is not the best counts, beside the errors of a layer's predictions together.
-PICKS_COUNT = 3.0
+PICKS_COUNT = 1.0
 # Predictions this share apart are nearly the same.
 NEARLY = 0.02
 
@@ -104,8 +104,11 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
     return found
 
 
-def fit_constants(layers: list[Measured], start: model.Constants) -> model.Constants:
-    """The constants under which predictions are closest to what was measured, fast kernels counting more."""
+def fit_constants(layers: list[Measured], start: model.Constants, most: int = 30) -> model.Constants:
+    """The constants under which predictions are closest to what was measured, fast kernels counting more.
+
+    In ``most`` steps at most.
+    """
     names = model.names()
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
@@ -122,7 +125,7 @@ def fit_constants(layers: list[Measured], start: model.Constants) -> model.Const
         return np.concatenate([*parts, 0.01 * (logarithms - origin)])
 
     origin = np.log([getattr(start, name) for name in names])
-    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1)
+    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1, ftol=1e-3, max_nfev=most)
     return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 
@@ -137,7 +140,7 @@ def fit(records: list[dict[str, Any]], device: DeviceSpec) -> dict[str, model.Co
         # Five folds, each a set of whole layers.
         for fold in range(min(5, len(layers))):
             rest = [layer for i, layer in enumerate(layers) if i % 5 != fold]
-            refitted = fit_constants(rest, fitted) if rest else fitted
+            refitted = fit_constants(rest, fitted, 8) if rest else fitted
             held_out += [(layer.loss(refitted), layer.text) for i, layer in enumerate(layers) if i % 5 == fold]
         before = [layer.loss(start) for layer in layers]
         for name, values in (("stored", before), ("fitted", losses), ("held out", [loss for loss, _ in held_out])):

@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
-from tdc_tvm.cuda_graph import ENTRY
+from tdc_tvm.cuda_graph import with_storage
 from tdc_tvm.onnx_decompose import tucker_layer_names
 from tdc_tvm.onnx_model import layer_names, load_onnx
 from tdc_tvm.onnx_rewrite import simplify
@@ -127,7 +127,7 @@ def analyse(model: Path, target: Target, precision: str) -> tuple[list[Launch], 
             mod = step(mod)
         layers = layers_of(mod)
         mod = tvm.transform.Sequential(lowering_passes(target))(mod)
-    return list(_launches(mod, operators, layers)), memory_bytes(mod[ENTRY])
+    return list(_launches(mod, operators, layers)), memory_bytes(mod[with_storage("main")])
 
 
 def _calls(mod: tvm.IRModule, name: str) -> Iterator[tuple[relax.Call, Any]]:
@@ -159,7 +159,7 @@ def _launches(
     mod: tvm.IRModule, operators: Sequence[ConvOp | Pool2dShape], layers: Sequence[LayerReport]
 ) -> Iterator[Launch]:
     ours, reports = iter(operators), iter(layers)
-    for call, function in _calls(mod, ENTRY):
+    for call, function in _calls(mod, with_storage("main")):
         is_early = "tirx.kernel_launch_params" in function.attrs
         if "tdc.config" not in function.attrs:
             sizes = [_tensor_bytes(arg) for arg in call.args]
