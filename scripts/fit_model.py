@@ -29,7 +29,7 @@ from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 
 # How much a pick that is not the best counts, beside the errors of a layer's predictions together.
-PICKS_COUNT = 1.0
+PICKS_COUNT = 3.0
 # Predictions this share apart are nearly the same.
 NEARLY = 0.02
 
@@ -104,7 +104,7 @@ def read_measured(records: list[dict[str, Any]], device: DeviceSpec) -> list[Mea
     return found
 
 
-def fit_constants(layers: list[Measured], start: model.Constants, most: int = 30) -> model.Constants:
+def fit_constants(layers: list[Measured], start: model.Constants, most: int = 40) -> model.Constants:
     """The constants under which predictions are closest to what was measured, fast kernels counting more.
 
     In ``most`` steps at most.
@@ -125,7 +125,7 @@ def fit_constants(layers: list[Measured], start: model.Constants, most: int = 30
         return np.concatenate([*parts, 0.01 * (logarithms - origin)])
 
     origin = np.log([getattr(start, name) for name in names])
-    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1, ftol=1e-3, max_nfev=most)
+    found = least_squares(residuals, origin, loss="soft_l1", f_scale=0.1, ftol=1e-4, max_nfev=most)
     return model.Constants(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
 
