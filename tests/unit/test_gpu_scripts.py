@@ -175,7 +175,9 @@ def test_the_fit_finds_constants_that_pick_as_the_true_ones_do():
     for layer in layers:
         np.testing.assert_allclose(layer.predict(true), layer.times_us)
         assert layer.loss(fitted) < 1.02
-        np.testing.assert_allclose(layer.predict(fitted), layer.times_us, rtol=0.15)
+        # What is far from the best counts little.
+        near = layer.times_us < 1.5 * layer.times_us.min()
+        np.testing.assert_allclose(layer.predict(fitted)[near], layer.times_us[near], rtol=0.1)
 
 
 def network_record(ours_us=50.0, precision="fp32"):
