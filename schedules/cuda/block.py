@@ -35,6 +35,10 @@ class Buffers:
         Of the output's shape.
     prologue : Buffer, optional
         FP32: a scale and then a shift for each channel of the input, filled up to what all blocks read.
+    out_start : int
+        See above.
+    weight_scales : sequence of float
+        What the weights of each stage were multiplied by, where they are stored in FP16.
     """
 
     x: tirx.Buffer
@@ -44,6 +48,7 @@ class Buffers:
     residual: tirx.Buffer | None
     prologue: tirx.Buffer | None = None
     out_start: int = 0
+    weight_scales: Sequence[float] = ()
 
     @property
     def in_pitch(self) -> int:

@@ -20,7 +20,7 @@ from tvm.tirx.script.builder import ir as T
 from tdc_tvm.schedules.cuda.arith import Number, round_up
 from tdc_tvm.schedules.cuda.block import Buffers
 from tdc_tvm.schedules.cuda.chain import Chain
-from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_prologue, pack_weights
+from tdc_tvm.schedules.cuda.pack import merge, pack_bias, pack_prologue, pack_weights, weight_scale
 from tdc_tvm.schedules.cuda.plan import MAX_CREWS, MAX_PIXELS, MAX_THREADS, Part
 from tdc_tvm.schedules.cuda.space import MAX_SLICES
 from tdc_tvm.schedules.cuda.work import UNITS, WARP
@@ -143,10 +143,7 @@ def make_kernel(
         in_width, out_width = tensors.in_width or first.in_channels, tensors.out_width or last.out_channels
         columns = tensors.in_columns or first.width
         x = T.arg("x", T.buffer((first.batch, first.height, columns, in_width), dtype))
-        given = {
-            key: T.arg(key, T.buffer((array.size,), dtype if key.startswith("weight") else "float32"))
-            for key, array in constants.items()
-        }
+        given = {key: T.arg(key, T.buffer((array.size,), str(array.dtype))) for key, array in constants.items()}
         residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
         out = T.arg("out", T.buffer((*out_shape[:3], out_width), tensors.out_dtype or dtype))
         middle = [T.arg(f"between{i}", T.buffer(extents, dtype)) for i, extents in enumerate(between)]
@@ -164,6 +161,7 @@ def make_kernel(
                 residual if is_last else None,
                 given.get("prologue") if number == 0 else None,
                 tensors.out_start if is_last else 0,
+                [weight_scale(weights[i]) for i in stage_numbers],
             )
             chain = Chain(part, epilogue if is_last else Epilogue(), buffers, prologue if number == 0 else None)
             _emit_kernel(chain, f"{name}_{number}" if len(parts) > 1 else name)

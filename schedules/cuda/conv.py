@@ -170,6 +170,8 @@ def _space(
     for (precision, group), unit in UNITS.items():
         if precision != core.precision or (unit.warps > 1 and device.compute_capability != 90):
             continue
+        if unit.halves and not chain_conv.make_part(stages, (1, 1, 1, 0, 4, 1, group), device).is_memory_bound:
+            continue
         shapes = tiles(core, _LEAST, _MOST) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS)
         if not shapes:
             continue

@@ -316,7 +316,11 @@ class Division:
     def unit_vectors(self, stage: int) -> Number:
         """Vectors of a unit of depth, of each part of it, of all channels of a slice."""
         work = self.works[stage]
-        return self.tiles_of_work(stage)[0] * work.splits * work.rows * self.unit.weight_lanes
+        return self.tiles_of_work(stage)[0] * work.splits * self.row_vectors(stage) * self.unit.weight_lanes
+
+    def row_vectors(self, stage: int) -> Number:
+        """Vectors of a lane's weights of a unit of depth; in halves, two of its rows are one."""
+        return self.works[stage].rows // (1 + self.unit.halves)
 
 
 def slice_channels(channels: int, split: Number) -> Number:

@@ -37,8 +37,8 @@ class Weights:
     def __init__(self, chain: Chain, stage: int, channel_tile: ir.Expr, split: ir.Expr):
         self.chain, self.stage, part = chain, stage, chain.part
         unit, work = part.unit, part.works[stage]
-        self.rows, self.lanes, self.share = work.rows, unit.weight_lanes, part.share(stage)
-        self.unit_vectors, self.chunk_units = work.rows * self.lanes, part.chunk_units(stage)
+        self.rows, self.lanes, self.share = part.row_vectors(stage), unit.weight_lanes, part.share(stage)
+        self.unit_vectors, self.chunk_units = self.rows * self.lanes, part.chunk_units(stage)
         lane = chain.lane if self.lanes == WARP else chain.lane % self.lanes
         # Within a chunk, in vectors.
         self.first = T.Bind((channel_tile * work.splits + split) * (self.chunk_units * self.unit_vectors) + lane)
@@ -63,14 +63,25 @@ class Weights:
 
     def load(self, registers: tirx.Buffer) -> None:
         """Load a unit from where it lies."""
-        at = T.Bind(self.at[0])
+        at, unit = T.Bind(self.at[0]), self.chain.unit
+        words = local(4) if unit.halves else registers
         with unrolled(self.rows) as row:
-            vector = at + row * self.lanes
+            vector, to = at + row * self.lanes, 0 if unit.halves else row * 4
             if self.chain.part.is_held(self.stage):
-                T.buffer_store(registers, self.chain.shared[ramp(vector * 4, 4)], [ramp(row * 4, 4)])
+                T.buffer_store(words, self.chain.shared[ramp(vector * 4, 4)], [ramp(to, 4)])
             else:
-                weights, width = self.chain.buffers.weights[self.stage], self.chain.unit.vector
-                run("tdc_load", address(registers, row * 4), address(weights, vector * width), tirx.const(True, "bool"))
+                from_ = address(self.chain.buffers.weights[self.stage], vector * unit.weight_vector)
+                run("tdc_load", address(words, to), from_, tirx.const(True, "bool"))
+            if unit.halves:
+                self.widen(words, registers, row * 8)
+
+    def widen(self, words: tirx.Buffer, registers: tirx.Buffer, first: ir.Expr) -> None:
+        """Eight weights from FP16."""
+        for pair in range(4):
+            run("tdc_unpack_float16", address(registers, first + pair * 2), address(words, pair))
+        scale = self.chain.buffers.weight_scales[self.stage]
+        with unrolled(8) as i:
+            T.buffer_store(registers, registers[first + i] / scale, [first + i])
 
     def follow(self, registers: tirx.Buffer, number: ir.Expr | int, meets: bool) -> None:
         """Load the unit ``number``, the one after the last; behind the end the last one again.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tdc_tvm.schedules.cuda.plan import Part
@@ -54,11 +56,22 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
         # words 0 and 1 of both rows for the first step of the depth, words 2 and 3 for the second.
         words = packed.reshape(blocks, tiles, steps, work.rows // 2, 2, unit.weight_lanes, 2, 2, unit.vector // 4)
         packed = words.transpose(0, 1, 2, 3, 6, 5, 7, 4, 8).reshape(packed.shape)
+    if unit.halves:
+        pairs = packed.reshape(blocks, tiles, steps, work.rows // 2, 2, unit.weight_lanes, unit.vector)
+        packed = pairs.transpose(0, 1, 2, 3, 5, 4, 6)
     parts = packed.reshape(blocks, tiles, work.splits, share, -1)
     whole = np.zeros((*parts.shape[:3], chunks * chunk, parts.shape[-1]), np.float32)
     whole[:, :, :, :share] = parts
     chunked = whole.reshape(*parts.shape[:3], chunks, chunk, -1).transpose(0, 3, 1, 2, 4, 5)
+    if unit.halves:
+        return (chunked * np.float32(weight_scale(weights))).astype(np.float16)
     return round_to(part.precision, chunked)
+
+
+def weight_scale(weights: ConvWeights) -> float:
+    """What weights are multiplied by where they are stored in FP16: small ones then keep all of its bits."""
+    largest = float(np.abs(weights.kernel).max(initial=0.0))
+    return 2.0 ** (14 - math.frexp(largest)[1]) if largest else 1.0
 
 
 def pack_bias(part: Part, stage: int, bias: np.ndarray) -> np.ndarray:

@@ -361,13 +361,21 @@ class Part(Division):
             for i in range(len(self.stages)):
                 fits = fits & self.is_held(i)
             fits = fits & (self.warps % self.unit.warps == 0) & (device.compute_capability == 90)
+        if self.unit.halves and not self.is_memory_bound:
+            fits = fits & False
         return fits & (self.most_elements <= MAX_ELEMENTS)
+
+    @property
+    def is_memory_bound(self) -> bool:
+        """Whether all it does is read weights that the L2 cache has no room for, as in a fully connected layer."""
+        core = self.core
+        return len(self.stages) == 1 and core.is_pointwise and 4 * core.weight_count > self.device.l2_bytes
 
     @property
     def most_elements(self) -> Number:
         """Of the largest tensor that the kernel reads or writes, filled up as it lies in memory."""
         first, last = self.stages[0], self.stages[-1]
-        weights = (self.split * self.weight_vectors(i) * self.unit.vector for i in range(len(self.stages)))
+        weights = (self.split * self.weight_vectors(i) * self.unit.weight_vector for i in range(len(self.stages)))
         tensors = max(first.batch * first.height * first.width * self.in_width, last.out_pixels * self.out_width)
         return functools.reduce(larger, weights, tensors)
 
@@ -385,6 +393,12 @@ class Part(Division):
         together = self.unit.warps
         if together > 1 and compute != 90:
             return f"needs groups of {together} warps (group={together}), which sm_90 has; {name} is sm_{compute}"
+        if self.unit.halves and not self.is_memory_bound:
+            size, room = 4 * self.core.weight_count / 2**20, self.device.l2_bytes / 2**20
+            return (
+                f"stores weights in FP16 (group={self.group}): for one 1x1 convolution with more of them than the L2"
+                f" cache of {name} has room for, {room:.0f} MB; has {len(self.stages)} stage(s), {size:.0f} MB"
+            )
         if self.warps % together:
             return f"needs a multiple of {together} warps for groups of {together}; has {self.warps}"
         if together > 1 and not self.has_rows_of_eight:

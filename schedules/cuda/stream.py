@@ -88,7 +88,7 @@ class WeightStream:
     def fetch(self, stage: int, chunk: ir.Expr | int, place: ir.Expr | int) -> None:
         """Begin to copy a chunk, by one thread."""
         vectors, box = self.part.chunk_vectors(stage), self.mailbox(stage, place)
-        start = (self.own_weights(stage) + chunk * vectors) * self.block.unit.vector
+        start = (self.own_weights(stage) + chunk * vectors) * self.block.unit.weight_vector
         to = self.block.at(self.chunk_at(stage, place))
         run("tdc_mailbox_expect", box, 16 * vectors)
         run("tdc_fetch", to, address(self.block.buffers.weights[stage], start), 16 * vectors, box)
@@ -100,7 +100,7 @@ class WeightStream:
         to = T.Bind(self.block.at(self.chunk_at(stage, place)))
 
         def copy_one(vector: ir.Expr) -> None:
-            from_ = address(self.block.buffers.weights[stage], (start + vector) * self.block.unit.vector)
+            from_ = address(self.block.buffers.weights[stage], (start + vector) * self.block.unit.weight_vector)
             run("tdc_copy", to + vector * 16, from_, tirx.const(True, "bool"))
 
         self.block.each(vectors, copy_one)

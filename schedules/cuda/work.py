@@ -41,6 +41,8 @@ class Unit:
         Sets of channels that they load side by side.
     warps : int
         Warps that multiply together.
+    halves : bool
+        Whether weights are stored in FP16, which has as many bits as TF32 multiplies by: where memory is what bounds.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Unit:
     pixels: int
     row_lanes: int
     warps: int = 1
+    halves: bool = False
 
     @property
     def depth(self) -> int:
@@ -67,17 +70,29 @@ class Unit:
         return 16 // self.vector
 
     @property
+    def weight_vector(self) -> int:
+        """Weights in 16 bytes."""
+        return self.vector * (1 + self.halves)
+
+    @property
+    def weight_dtype(self) -> str:
+        """What weights are stored as."""
+        return "float16" if self.halves else self.dtype
+
+    @property
     def pixel_words(self) -> int:
         """Words of a pixel's channels of a unit of depth."""
         return 4 * self.chunks
 
 
-# By precision and group: on tensor cores the warps that multiply together, on CUDA cores how many times two lanes share
-# a sum.  More of them compute more results each of a small tile, for which shared memory has less to deliver.
+# By precision and group: on tensor cores the warps that multiply together, or 2 for one warp whose weights are halves;
+# on CUDA cores how many times two lanes share a sum.  More of them compute more results each of a small tile, for which
+# shared memory has less to deliver.
 UNITS = {
     ("fp32", 1): Unit("fma", "float32", 4, 2, 4, 4),
     ("fp32", 4): Unit("fma", "float32", 4, 8, 2, 2),
     ("tf32", 1): Unit("mma", "float32", 4, 4, 8, 8),
+    ("tf32", 2): Unit("mma", "float32", 4, 4, 8, 8, halves=True),
     ("fp16", 1): Unit("mma", "float16", 8, 4, 8, 8),
     ("bf16", 1): Unit("mma", "bfloat16", 8, 4, 8, 8),
     ("tf32", 4): Unit("wgmma", "float32", 4, 4, 64, 4, 4),

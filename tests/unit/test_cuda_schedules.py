@@ -647,3 +647,24 @@ def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
         assert gpu_check.error_of(out[..., 16:48], expected) <= gpu_check.tolerance(precision, case.depth), text
         assert np.isnan(out[..., :16]).all()
         assert np.isnan(out[..., 48:]).all()
+
+
+def test_weights_that_memory_bounds_are_stored_in_half(tmp_path):
+    """TF32 multiplies by no more bits than FP16 has; small weights keep all of theirs."""
+    device = replace(H100, l2_bytes=1 << 14)
+    dense = Conv2dShape(1, 1, 3, 1016, 72, (1, 1), precision="tf32")
+    case = gpu_check.Case(dense, Epilogue(True, 0.0), (True,))
+    configs = [config_of("conv", (1, 1, split, warps, 2)) for split, warps in ((1, 4), (3, 8), (5, 2))]
+    devices = [device, replace(device, smem_per_block_optin_bytes=96 * 1024)]
+    runs = [(case, config, one) for config in configs for one in devices]
+    parts = [part for _, config, one in runs for part in parts_of(dense, config, one)]
+    assert {bool(part.placement.ring[0]) for part in parts} == {False, True}
+    assert not emulate(tmp_path, runs)
+    small = ConvWeights(np.full((72, 1016, 1, 1), 3e-9, np.float32), None)
+    kernel = conv.make_kernel(dense, PLAIN, (small,), configs[0], device, "conv")
+    assert kernel.constants[0].dtype == np.float16
+    out, x = np.full((1, 1, 3, 72), np.nan, np.float32), np.ones((1, 1, 3, 1016), np.float32)
+    (tmp_path / "small").mkdir()
+    Emulator({"conv": kernel.func}, tmp_path / "small")("conv", [x, *kernel.constants, out])
+    np.testing.assert_allclose(out, 1016 * 3e-9, rtol=1e-3)
+    assert "stores weights in FP16 (group=2)" in conv.reject_reason(dense, configs[0], H100)
