@@ -30,6 +30,8 @@ from tdc_tvm.schedules.kernel import KernelConfig
 
 # How much a pick that is not the best counts, beside the errors of a layer's predictions together.
 PICKS_COUNT = 3.0
+# How far from the best a pick may be.
+WORST_PICK = 1.15
 # Predictions this share apart are nearly the same.
 NEARLY = 0.02
 
@@ -147,7 +149,10 @@ def fit(records: list[dict[str, Any]], device: DeviceSpec) -> dict[str, model.Co
             print(f"{precision} {name}: pick/best {gpu_layers.geometric_mean(values):.3f}, worst {max(values):.3f}")
         for loss, text in sorted(held_out, reverse=True)[:5]:
             print(f"    {loss:.3f}  {text}")
-        constants[precision] = fitted
+        is_kept = max(losses) > max(WORST_PICK, *before)
+        if is_kept:
+            print(f"{precision}: the stored constants stay, with which no pick is as far from the best")
+        constants[precision] = start if is_kept else fitted
     return constants
 
 

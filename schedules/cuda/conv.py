@@ -220,6 +220,10 @@ def estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Esti
     reason = reject_reason(shape, config, device)
     if reason:
         raise TdcError(f"cannot estimate {config.strategy} {config} for {shape}: {reason}")
+    return _estimate(shape, config, device)
+
+
+def _estimate(shape: ConvShape, config: KernelConfig, device: DeviceSpec) -> Estimate:
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.estimate(shape, config, device)
@@ -242,7 +246,8 @@ def choose(shape: ConvShape, device: DeviceSpec) -> tuple[KernelConfig, Estimate
     if not options:
         _refuse(shape, device)
     config, _ = min(options, key=lambda pair: (pair[1], pair[0]))
-    return config, estimate(shape, config, device)
+    # None of the options is rejected.
+    return config, _estimate(shape, config, device)
 
 
 def make_kernel(
