@@ -135,7 +135,10 @@ def _estimates(shape: ConvShape, device: DeviceSpec, only_best: bool = False) ->
             in_width = between_width(stages[begin].in_channels, stages[0]) if begin else None
             out_width = between_width(stages[end - 1].out_channels, stages[0]) if end < 3 else None
             ways, latencies_us = _space(stages[begin:end], device, in_width, out_width)
-            order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
+            if only_best:
+                order = np.flatnonzero(latencies_us == latencies_us.min(initial=np.inf))
+            else:
+                order = np.argsort(latencies_us, kind="stable")[:_BEST_PARTS]
             spaces.append([(ways[i].tolist(), latencies_us[i]) for i in order])
         for chosen in itertools.product(*spaces):
             named = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -49,6 +50,8 @@ def extents(limit: int) -> list[int]:
     return sorted(divisors | powers)
 
 
+# Asked for by each kernel that computes the core.
+@functools.lru_cache(maxsize=64)
 def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
     """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long, nor too high."""
     least = min(least, core.out_height * core.out_width)
@@ -61,6 +64,7 @@ def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
     return _distinct(core, found) or [(1, max(1, min(least, core.out_width)))]
 
 
+@functools.lru_cache(maxsize=64)
 def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
     """Tiles for products of 64 pixels, of which at least half are of the tile."""
     widths = extents(core.out_width) if core.is_pointwise else [8]
