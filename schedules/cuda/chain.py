@@ -15,6 +15,7 @@ from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled
 from tdc_tvm.schedules.cuda.division import BANKS
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
 from tdc_tvm.schedules.cuda.plan import Part
+from tdc_tvm.schedules.cuda.prologue import apply_prologue, constants_of, prepare_input
 from tdc_tvm.schedules.cuda.stream import WeightStream
 from tdc_tvm.schedules.cuda.work import WARP
 from tdc_tvm.schedules.kernel import Prologue
@@ -138,8 +139,7 @@ class Chain(Block):
                     run("tdc_fence_copies")
                 self.meet()
                 if stage == 0 and self.prologue is not None and part.is_staged:
-                    vectors = part.in_channels(0) // self.unit.depth * part.plane_words(0) // 4
-                    self.each(vectors, self.prepare_vector)
+                    prepare_input(self)
                     if self.unit.name == "wgmma":
                         run("tdc_fence_copies")
                     self.meet()
@@ -332,38 +332,6 @@ class Chain(Block):
         run(f"tdc_gather_{unit.dtype}", address(words, 0), from_, count)
         run("tdc_move4", self.place(word), address(words, 0))
 
-    def prepare_vector(self, item: ir.Expr) -> None:
-        """Apply the prologue to a vector of the input in shared memory, by its number there."""
-        plane, chunks = self.part.plane_words(0) // 4, self.unit.chunks
-        within = item % plane % chunks
-        if self.unit.name == "wgmma":
-            within = within ^ warpgroup.swizzle(T.Bind(self.input_start(0) + (item - within) * 4))
-        channel = T.Bind(self.own_channels() + (item // plane * chunks + within) * self.unit.vector)
-        words, at = local(4), T.Bind(self.input_start(0) + item * 4)
-        run("tdc_move4", address(words, 0), self.place(at))
-        self.prepare(words, 0, channel)
-        run("tdc_move4", self.place(at), address(words, 0))
-
-    def prepare(self, words: tirx.Buffer, first: ir.Expr | int, channel: ir.Expr) -> None:
-        """Apply the prologue to a vector of channels in registers."""
-        constants, count = self.buffers.prologue, self.unit.vector
-        assert self.prologue is not None
-        assert constants is not None
-        shifts = constants.shape[0] // 2
-        values, scale, shift = local(count), local(count), local(count)
-        always = tirx.const(True, "bool")
-        for start in range(0, count, 4):
-            run("tdc_load", address(scale, start), address(constants, channel + start), always)
-            run("tdc_load", address(shift, start), address(constants, shifts + channel + start), always)
-        for pair in range(4) if self.unit.dtype != "float32" else ():
-            run(f"tdc_unpack_{self.unit.dtype}", address(values, pair * 2), address(words, first + pair))
-        with unrolled(count) as i:
-            value = values[i] if self.unit.dtype != "float32" else words[first + i]
-            T.buffer_store(values, clip(value * scale[i] + shift[i], self.prologue), [i])
-        result, _ = self.to_words(values, count)
-        with unrolled(4) as i:
-            T.buffer_store(words, result[i], [first + i])
-
     def own_channels(self) -> ir.Expr | int:
         """The first channel of the input that this block reads."""
         return self.rank * self.part.in_channels(0) if self.part.is_cluster and self.part.core_index == 0 else 0
@@ -487,7 +455,7 @@ class Chain(Block):
             count = tirx.if_then_else(inside, part.in_width - channel, 0)
             run(f"tdc_gather_{unit.dtype}", address(b, j * 4), from_, count)
         if self.prologue is not None:
-            self.prepare(b, j * 4, T.Bind(channel))
+            apply_prologue(self, b, j * 4, constants_of(self, T.Bind(channel)))
 
     def each_result(
         self,
