@@ -33,12 +33,13 @@ def pool_shape(call: relax.Call) -> Pool2dShape | None:
     if not is_static(data) or not is_static(call) or data.ty.ndim != 4 or str(data.ty.dtype) != "float32":
         return None
     extents, out = ints(data.ty.shape.values), ints(call.ty.shape.values)
+    batch, height, width, channels = extents
     attrs = call.attrs
     if call.op == _MEAN:
         if not attrs.keepdims or attrs.axis is None or tuple(sorted(ints(attrs.axis))) not in _NHWC_IMAGE:
             return None
-        kernel = extents[1:3]
-        return Pool2dShape(False, *extents, kernel, kernel, (1, 1), (0, 0), 1, 1, True, "float32")
+        kernel = (height, width)
+        return Pool2dShape(False, batch, height, width, channels, kernel, kernel, (1, 1), (0, 0), 1, 1, True, "float32")
     if (str(attrs.layout), str(attrs.out_layout)) != ("NHWC", "NHWC"):
         return None
     kernel, stride, dilation = (ints(values) for values in (attrs.pool_size, attrs.strides, attrs.dilation))
@@ -49,4 +50,6 @@ def pool_shape(call: relax.Call) -> Pool2dShape | None:
         if any(ends[i] >= extents[1 + i] + padding[i] + padding[2 + i] for i in range(2)):
             return None
     counts = is_max or bool(attrs.count_include_pad)
-    return Pool2dShape(is_max, *extents, kernel, stride, dilation, padding[:2], *out[1:3], counts, "float32")
+    return Pool2dShape(
+        is_max, batch, height, width, channels, kernel, stride, dilation, padding[:2], out[1], out[2], counts, "float32"
+    )
