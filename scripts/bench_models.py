@@ -123,7 +123,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 export_onnx(make_model(name, form == "tucker"), extents, models[form])
             baselines = {}
             for form in FORMS if arguments.baselines else ():
-                built = build_default(models[form], target, library)
+                built = build_baseline(models[form], target, library)
                 baselines[form] = {"library": pack(f"{name}-{form}-{batch}-tvm")} | built
                 print(f"{name}-{form}-{batch}, TVM: {built['build_seconds']:.1f} s", file=sys.stderr, flush=True)
             for form in arguments.forms:
@@ -172,21 +172,16 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return manifest
 
 
-def build_default(model: Path, target: Any, library: Path) -> dict[str, Any]:
-    """Compile a model by TVM's default pipeline, dlight's schedules included; how long it took, and its memory."""
+def build_baseline(model: Path, target: Any, library: Path) -> dict[str, Any]:
+    """Compile a model by TVM's default pipeline; how long it took, and its memory."""
     import network_floor
-    import onnx
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
 
-    from tdc_tvm.cuda_toolchain import cuda_compiler
-    from tdc_tvm.quiet import without_chatter
+    from tdc_tvm.bench import build_default
+    from tdc_tvm.onnx_model import load_onnx
 
     start = time.perf_counter()
-    with cuda_compiler(target), without_chatter(), target, tvm.transform.PassContext(opt_level=3):
-        mod = relax.get_default_pipeline(target)(from_onnx(onnx.load(model)))
-        relax.build(mod, target, relax_pipeline=None).export_library(str(library))
+    executable, mod = build_default(load_onnx(model), target)
+    executable.export_library(str(library))
     return {
         "build_seconds": time.perf_counter() - start,
         "peak_bytes": network_floor.memory_bytes(mod["main"]),

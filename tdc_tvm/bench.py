@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import onnx
+import tvm
+from tvm.target import Target
 
 from tdc_tvm.compiled_model import CompiledModel, random_inputs
+from tdc_tvm.compiler import compiling
+from tdc_tvm.cuda_toolchain import cuda_compiler
 from tdc_tvm.onnx_model import ModelSource, freeze_shapes, load_onnx
 from tdc_tvm.schedules.device import cpu_threads
+from tdc_tvm.targets import resolve_target
 from tdc_tvm.verify import reference_session
 
 
@@ -37,6 +45,51 @@ def onnxruntime_contender(
     session = reference_session(proto, cpu_threads())
     feed = dict(zip((info.name for info in inputs), random_inputs(inputs, seed), strict=True))
     return Contender(name, lambda: session.run(None, feed))
+
+
+def tvm_contender(
+    name: str, model: ModelSource, compiled: CompiledModel, seed: int = 0, batch: int | None = None
+) -> Contender:
+    """TVM's default pipeline on the device and the input of ``compiled``, in FP32, without its tuning.
+
+    Raises
+    ------
+    TdcError
+        If TVM cannot compile the model.
+    """
+    proto, inputs = load_onnx(model), compiled.entry(batch).inputs
+    freeze_shapes(proto, {info.name: info.shape for info in inputs})
+    executable, _ = build_default(proto, resolve_target(compiled.metadata.kind))
+    machine = tvm.runtime.vm.VirtualMachine(executable, compiled.device)
+    tensors = [tvm.runtime.tensor(value, compiled.device) for value in random_inputs(inputs, seed)]
+
+    def call() -> None:
+        machine["main"](*tensors)
+        compiled.device.sync()
+
+    return Contender(name, call)
+
+
+def build_default(proto: onnx.ModelProto, target: Target) -> tuple[Any, tvm.IRModule]:
+    """Compile a model of static shapes by TVM's default pipeline, on GPUs with dlight's schedules.
+
+    Returns
+    -------
+    tuple
+        The executable, and the lowered module.
+
+    Raises
+    ------
+    TdcError
+        If TVM cannot compile the model.
+    """
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    context = cuda_compiler(target) if target.kind.name == "cuda" else nullcontext()
+    with context, compiling(), target, tvm.transform.PassContext(opt_level=3):
+        mod = relax.get_default_pipeline(target)(from_onnx(proto))
+        return relax.build(mod, target, relax_pipeline=None), mod
 
 
 @dataclass(frozen=True)

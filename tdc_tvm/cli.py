@@ -331,14 +331,17 @@ def bench(
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="Measure ONNX Runtime (CPU) beside each ONNX model.")
     ] = True,
+    tvm_default: Annotated[
+        bool, typer.Option("--tvm-default", help="Measure TVM's default pipeline (FP32) beside each ONNX model.")
+    ] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency: models and ONNX Runtime alternate, call by call, in one process.
+    """Measure latency: models and their rivals alternate, call by call, in one process.
 
     Every batch size that a library was built for is measured, or those that --batch says.
     """
-    from tdc_tvm.bench import Contender, measure, onnxruntime_contender
+    from tdc_tvm.bench import Contender, measure, onnxruntime_contender, tvm_contender
     from tdc_tvm.compiled_model import load
 
     contenders: list[Contender] = []
@@ -355,6 +358,9 @@ def bench(
             contenders.append(Contender.of(name + at, compiled, seed, size))
             if reference and path.suffix != ".so":
                 contenders.append(onnxruntime_contender(f"{path.name}, ONNX Runtime{at}", path, compiled, seed, size))
+            if tvm_default and path.suffix != ".so":
+                with _progress("TVM's default pipeline"):
+                    contenders.append(tvm_contender(f"{path.name}, TVM{at}", path, compiled, seed, size))
     with _bar("Measuring", warmup + repeat) as advance:
         results = measure(contenders, warmup=warmup, repeat=repeat, advance=advance)
     if as_json:

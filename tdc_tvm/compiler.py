@@ -120,7 +120,7 @@ def build(
     cxx_compiler()
     source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
     context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
-    with context, _compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+    with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3):
         entries: list[Entry] = []
         reports, graphs = [], {}
         for size in sizes:
@@ -171,7 +171,7 @@ def plan_build(
     sizes = _batch_sizes(batch)
     source = _prepare(model, target, "fp32", decompose, input_shapes, sizes[0], lambda step: None)
     reports = []
-    with _compiling(), source.target:
+    with compiling(), source.target:
         for size in sizes:
             job = source.at(size)
             reports.append(job.report(_graph(job, lambda step: None)))
@@ -283,7 +283,7 @@ def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
+def compiling() -> Iterator[None]:
     """TVM at work: its chatter is dropped, and what it cannot do is said as one of our errors."""
     with without_chatter():
         try:

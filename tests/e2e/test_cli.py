@@ -59,7 +59,9 @@ def test_the_main_job(model_path, tmp_path, x, y):
 
     assert "verified: y differs by" in tdc("verify", library, small)
     assert "verification against ONNX Runtime passed" in tdc("inspect", library)
-    assert "small.onnx, ONNX Runtime" in tdc("bench", library, small, "--target", "llvm", "--repeat", 2, "--warmup", 0)
+    table = tdc("bench", library, small, "--target", "llvm", "--repeat", 2, "--warmup", 0, "--tvm-default")
+    assert "small.onnx, ONNX Runtime" in table
+    assert "small.onnx, TVM" in table
     with pytest.raises(TdcError, match="verification failed: output 'y' differs from ONNX Runtime"):
         tdc("verify", library, model_path)
 

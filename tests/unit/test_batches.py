@@ -12,7 +12,7 @@ from tvm import relax
 
 import tdc_tvm
 from tdc_tvm.artifact import read_metadata
-from tdc_tvm.compiler import _compiling, _graph, _prepare, plan_build
+from tdc_tvm.compiler import _graph, _prepare, compiling, plan_build
 from tdc_tvm.errors import TdcError
 from tdc_tvm.relay_passes.link_entries import link_entries
 from tdc_tvm.relay_passes.pipeline import lowering_passes
@@ -242,7 +242,7 @@ def test_linking_changes_no_entry(open_model, target):
         text = function.script(show_meta=False)
         return {op: text.count(op) for op in ("alloc_storage", "alloc_tensor", "kill_object", "vm.builtin.reshape")}
 
-    with _compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+    with compiling(), source.target, tvm.transform.PassContext(opt_level=3):
         graphs = {
             name: _graph(source.at(size), lambda step: None) for name, size in (("main", 4), ("main_1", 1), ("same", 4))
         }

@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import tvm
+import tvm.runtime.vm
 
-from tdc_tvm.bench import Contender, Latency, measure, onnxruntime_contender
+from tdc_tvm.bench import Contender, Latency, build_default, measure, onnxruntime_contender, tvm_contender
+from tdc_tvm.compiled_model import random_inputs
 from tdc_tvm.errors import TdcError
+from tdc_tvm.onnx_model import freeze_shapes, load_onnx
 from tdc_tvm.schedules.device import cpu_threads
+from tdc_tvm.targets import resolve_target
 
 
 def test_contenders_take_turns():
@@ -35,6 +40,17 @@ def test_a_compiled_model_beside_onnx_runtime(compiled, model_path):
     results = measure(contenders, warmup=1, repeat=2)
     assert [result.name for result in results] == ["ours", "reference"]
     assert all(result.min_ms > 0 for result in results)
+
+
+def test_tvm_by_itself_computes_the_same(compiled, model_path):
+    proto = load_onnx(model_path)
+    freeze_shapes(proto, {info.name: info.shape for info in compiled.inputs})
+    executable, _ = build_default(proto, resolve_target("llvm"))
+    (x,) = random_inputs(compiled.inputs, 0)
+    machine = tvm.runtime.vm.VirtualMachine(executable, tvm.cpu())
+    np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x)).numpy(), compiled.run(x), rtol=1e-4, atol=1e-5)
+    results = measure([tvm_contender("by itself", model_path, compiled)], warmup=0, repeat=2)
+    assert [len(result.samples_ms) for result in results] == [2]
 
 
 def test_both_get_the_same_input_and_threads(compiled, model_path, monkeypatch):

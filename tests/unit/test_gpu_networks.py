@@ -12,7 +12,7 @@ from test_cuda_schedules import SAME, gpu_check, needs_compiler
 from tvm import relax
 from tvm.target import Target
 
-from tdc_tvm.compiler import _compiling, _graph, _prepare, build
+from tdc_tvm.compiler import _graph, _prepare, build, compiling
 from tdc_tvm.errors import TdcError
 from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.pipeline import lowering_passes
@@ -83,7 +83,7 @@ def graph_of(model, precision):
     """A network with kernels of an H100."""
     source = _prepare(model, "sm_90", precision, None, None, None, lambda step: None)
     job = source.at(None)
-    with _compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+    with compiling(), source.target, tvm.transform.PassContext(opt_level=3):
         return _graph(job, lambda step: None)
 
 
