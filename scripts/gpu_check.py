@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from tdc_tvm.schedules.cuda.pool import Pool2dShape
     from tdc_tvm.schedules.device import DeviceSpec
-    from tdc_tvm.schedules.kernel import ConvWeights
+    from tdc_tvm.schedules.kernel import ConvWeights, Kernel, Prologue
     from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, Epilogue
 
 BATCH = 32
@@ -32,11 +33,12 @@ ARCH_HELP = "stands for the first GPU of the package's table that has it, such a
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution with what follows it, and which stages have a bias."""
+    """A convolution with what follows it, which stages have a bias, and whether its input is normalised before."""
 
     shape: ConvShape
     epilogue: Epilogue
     biases: tuple[bool, ...]
+    has_prologue: bool = False
 
     def __post_init__(self) -> None:
         if hasattr(self.shape, "stages"):
@@ -58,7 +60,28 @@ class Case:
         return sum(stage.weight_count // stage.out_channels for stage in self.stages)
 
     def __str__(self) -> str:
-        return f"{self.shape}, biases {self.biases}, epilogue {self.epilogue}"
+        before = ", with a prologue" if self.has_prologue else ""
+        return f"{self.shape}, biases {self.biases}, epilogue {self.epilogue}{before}"
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    """A pooling layer, and whether its input is normalised before."""
+
+    shape: Pool2dShape
+    precision: str
+    has_prologue: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """A kernel to run: what it is given, what it should give, and how far it may be from that."""
+
+    kernel: Kernel
+    inputs: list[np.ndarray]
+    expected: np.ndarray
+    limit: float
+    text: str
 
 
 def table_cases() -> list[Case]:
@@ -96,6 +119,28 @@ def table_cases() -> list[Case]:
         for shape, epilogue in tucker:
             dense = replace(shape.dense, precision=precision)
             cases.append(Case(replace(shape, dense=dense), epilogue, (True, True, True)))
+        for shape in (Conv(1, 14, 14, 256, 128), Conv(2, 7, 9, 130, 34, stride=(2, 1)), Conv(1, 28, 28, 1000, 24)):
+            cases.append(Case(replace(shape, precision=precision), relu, (True,), has_prologue=True))
+    return cases
+
+
+def pool_cases() -> list[PoolCase]:
+    """Windows that overlap, reach out of the image, are the image; whole vectors of channels, and not."""
+    from tdc_tvm.schedules.cuda.pool import Pool2dShape
+    from tdc_tvm.schedules.shape import DTYPES
+
+    layers = [
+        (True, (1, 112, 112, 64), (3, 3), (2, 2), (1, 1), (56, 56)),
+        (True, (2, 9, 7, 5), (2, 2), (2, 2), (0, 0), (4, 3)),
+        (False, (1, 56, 56, 128), (2, 2), (2, 2), (0, 0), (28, 28)),
+        (False, (3, 7, 7, 512), (7, 7), (7, 7), (0, 0), (1, 1)),
+        (False, (2, 9, 11, 24), (5, 5), (2, 3), (2, 2), (5, 4)),
+    ]
+    cases = []
+    for precision in DTYPES:
+        for number, (is_max, extents, kernel, stride, padding, out) in enumerate(layers):
+            shape = Pool2dShape(is_max, *extents, kernel, stride, (1, 1), padding, *out, False, DTYPES[precision])
+            cases.append(PoolCase(shape, precision, number % 2 == 0))
     return cases
 
 
@@ -231,13 +276,70 @@ def tolerance(precision: str, depth: int) -> float:
     return {"fp32": 1e-6 * math.sqrt(depth), "tf32": 1e-3, "fp16": 2e-3, "bf16": 1e-2}[precision]
 
 
-def build(folder: Path, arch: str, cases: list[Case]) -> None:
+def pool(shape: Pool2dShape, x: np.ndarray) -> np.ndarray:
+    """One pooling layer in float64, tap by tap; padding counts neither as a maximum nor in a mean."""
+    ends = [
+        max(0, (out - 1) * stride + kernel - extent - before)
+        for out, stride, kernel, extent, before in zip(
+            (shape.out_height, shape.out_width), shape.stride, shape.kernel, x.shape[1:3], shape.padding, strict=True
+        )
+    ]
+    border = ((0, 0), *zip(shape.padding, ends, strict=True), (0, 0))
+    padded = np.pad(x.astype(np.float64), border, constant_values=np.nan)
+    taps = [
+        padded[:, r:, s:][:, :: shape.stride[0], :: shape.stride[1]][:, : shape.out_height, : shape.out_width]
+        for r in range(shape.kernel[0])
+        for s in range(shape.kernel[1])
+    ]
+    return (np.nanmax if shape.is_max else np.nanmean)(np.stack(taps), axis=0)
+
+
+def normalised(
+    x: np.ndarray, has_prologue: bool, precision: str, rng: np.random.Generator
+) -> tuple[np.ndarray, Prologue | None]:
+    """A random normalisation with a ReLU, if there is one, and what it makes of an input."""
+    from tdc_tvm.schedules.cuda.pack import round_to
+    from tdc_tvm.schedules.kernel import Prologue
+
+    if not has_prologue:
+        return x, None
+    scale, shift = (rng.standard_normal(x.shape[-1]).astype(np.float32) for _ in range(2))
+    return round_to(precision, np.maximum(x.astype(np.float32) * scale + shift, 0)), Prologue(scale, shift, 0.0)
+
+
+def make(case: Case | PoolCase, device: DeviceSpec, index: int) -> Made:
+    """The kernel of a case, its inputs and what it should give."""
+    from tdc_tvm.schedules.cuda import conv
+    from tdc_tvm.schedules.cuda import pool as pooling
+    from tdc_tvm.schedules.cuda.pack import round_to
+
+    rng = np.random.default_rng(index)
+    if isinstance(case, PoolCase):
+        shape = case.shape
+        x = rng.standard_normal((shape.batch, shape.height, shape.width, shape.channels))
+        x = round_to(case.precision, x)
+        prepared, prologue = normalised(x, case.has_prologue, case.precision, rng)
+        kernel = pooling.make_kernel(shape, device, "pool", prologue)
+        return Made(kernel, [x, *kernel.constants], pool(shape, prepared), tolerance(case.precision, 1), str(case))
+    weights, (x, residual) = make_weights(case, rng), make_inputs(case, rng)
+    configs = conv.candidates(case.shape, device)
+    # The model's pick for half of the cases; any configuration must be right.
+    config = configs[rng.integers(len(configs))] if index % 2 else conv.choose(case.shape, device)[0]
+    prepared, prologue = normalised(x, case.has_prologue, case.precision, rng)
+    kernel = conv.make_kernel(case.shape, case.epilogue, weights, config, device, "conv", prologue)
+    inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
+    text = f"{case}, {config.strategy}: {config}"
+    # Where it is normalised the input is rounded once more.
+    limit = tolerance(case.precision, case.depth) * (1 + case.has_prologue)
+    return Made(kernel, inputs, reference(case, prepared, weights, residual), limit, text)
+
+
+def build(folder: Path, arch: str, cases: Sequence[Case | PoolCase]) -> None:
     """Compile the cases into libraries of 32 kernels, and store their inputs and expected outputs."""
     import tvm
     from tvm.target import Target
 
     from tdc_tvm.cuda_toolchain import cubin_kernels, cuda_compiler
-    from tdc_tvm.schedules.cuda import conv
     from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 
     device = device_of(arch)
@@ -248,30 +350,22 @@ def build(folder: Path, arch: str, cases: list[Case]) -> None:
         functions, arrays = {}, {}
         library = f"batch{start // BATCH}"
         for index, case in enumerate(cases[start : start + BATCH], start):
-            rng = np.random.default_rng(index)
-            weights, (x, residual) = make_weights(case, rng), make_inputs(case, rng)
-            configs = conv.candidates(case.shape, device)
-            # The model's pick for half of the cases; any configuration must be right.
-            config = configs[rng.integers(len(configs))] if index % 2 else conv.choose(case.shape, device)[0]
-            kernel = conv.make_kernel(case.shape, case.epilogue, weights, config, device, "conv")
+            made = make(case, device, index)
             name = f"case{index}"
-            functions[name] = kernel.func.with_attr("global_symbol", name)
-            inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
+            functions[name] = made.kernel.func.with_attr("global_symbol", name)
             # NumPy's files know no BF16: its bits are stored.
-            types = [str(array.dtype) for array in inputs]
-            for position, array in enumerate(inputs):
+            types = [str(array.dtype) for array in made.inputs]
+            for position, array in enumerate(made.inputs):
                 arrays[f"{name}.{position}"] = array.view(np.uint16) if types[position] == "bfloat16" else array
-            arrays[f"{name}.expected"] = reference(case, x, weights, residual).astype(np.float32)
-            text = f"{case}, {config.strategy}: {config}"
-            limit = tolerance(case.precision, case.depth)
+            arrays[f"{name}.expected"] = made.expected.astype(np.float32)
             records.append(
                 {
                     "name": name,
                     "library": library,
                     "types": types,
-                    "limit": limit,
-                    "text": text,
-                    "between": kernel.between,
+                    "limit": made.limit,
+                    "text": made.text,
+                    "between": made.kernel.between,
                 }
             )
         with cuda_compiler(target):
@@ -443,7 +537,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "build":
         device_of(arguments.arch)
-        cases = table_cases() + random_cases()
+        cases = [*table_cases(), *pool_cases(), *random_cases()]
         build(arguments.folder, arguments.arch, cases)
         print(f"built {len(cases)} cases for {arguments.arch} in {arguments.folder}")
         return 0

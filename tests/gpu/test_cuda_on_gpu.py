@@ -17,7 +17,7 @@ gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gpu_check)
 
 
-@pytest.mark.parametrize("name", ["table_cases", "random_cases"])
+@pytest.mark.parametrize("name", ["table_cases", "pool_cases", "random_cases"])
 def test_kernels_agree_with_float64(tmp_path, name):
     arch = "sm_" + tvm.cuda(0).compute_version.replace(".", "")
     gpu_check.build(tmp_path, arch, getattr(gpu_check, name)())
