@@ -329,7 +329,7 @@ def bench(
     repeat: Annotated[int, typer.Option("--repeat", min=1, metavar="N", help="Calls measured per model.")] = 50,
     warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Calls before the measurement.")] = 5,
     reference: Annotated[
-        bool, typer.Option("--reference/--no-reference", help="Measure ONNX Runtime (CPU) beside each ONNX model.")
+        bool, typer.Option("--reference/--no-reference", help="Measure ONNX Runtime beside each ONNX model.")
     ] = True,
     tvm_default: Annotated[
         bool, typer.Option("--tvm-default", help="Measure TVM's default pipeline (FP32) beside each ONNX model.")

@@ -1,5 +1,7 @@
 """Measuring: turns, counts and figures; no test looks at a clock."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tvm
@@ -56,18 +58,33 @@ def test_tvm_by_itself_computes_the_same(compiled, model_path):
 def test_both_get_the_same_input_and_threads(compiled, model_path, monkeypatch):
     seen = {}
 
-    class Session:
-        def run(self, names, feed):
-            seen["feed"] = feed
+    class Binding:
+        def bind_ortvalue_input(self, name, value):
+            seen[name] = value.numpy()
 
-    monkeypatch.setattr(
-        "tdc_tvm.bench.reference_session", lambda model, threads: seen.update(threads=threads) or Session()
-    )
+        def bind_output(self, name, device):
+            seen["device"] = device
+
+        def synchronize_outputs(self):
+            pass
+
+    class Session:
+        io_binding = Binding
+
+        def get_outputs(self):
+            return [SimpleNamespace(name="y")]
+
+        def run_with_iobinding(self, binding):
+            seen["ran"] = True
+
+    def session(model, threads, device):
+        seen["threads"] = threads
+        return Session()
+
+    monkeypatch.setattr("tdc_tvm.bench.reference_session", session)
     onnxruntime_contender("reference", model_path, compiled, seed=5).call()
-    assert seen["threads"] == cpu_threads()
-    np.testing.assert_array_equal(
-        seen["feed"]["x"], np.random.default_rng(5).standard_normal((1, 8, 6, 6)).astype(np.float32)
-    )
+    assert (seen["threads"], seen["device"], seen["ran"]) == (cpu_threads(), "cpu", True)
+    np.testing.assert_array_equal(seen["x"], np.random.default_rng(5).standard_normal((1, 8, 6, 6)).astype(np.float32))
 
 
 def test_benchmark_gives_one_sample_per_call(compiled):
