@@ -346,6 +346,12 @@ class _EntryPoint:
             return CudaGraph(self.machine[with_storage(self.entry.function)], self.buffers)
         except (CannotRecord, ImportError, RuntimeError) as error:
             self.why_no_graph = str(error)
+            hint = "; pip install 'tdc-tvm[cuda]' brings what is missing" if isinstance(error, ImportError) else ""
+            warnings.warn(
+                f"calls are not recorded as a CUDA graph ({error}): kernels are launched one by one, which takes"
+                f" longer{hint}",
+                stacklevel=4,
+            )
             return None
 
     @functools.cached_property

@@ -11,6 +11,8 @@ from typing import Any
 import tvm_ffi
 from tvm.runtime import Tensor
 
+from tdc_tvm.errors import TdcError
+
 _POINTER_BYTES = 8
 
 
@@ -19,7 +21,7 @@ def with_storage(name: str) -> str:
     return f"{name}_with_storage"
 
 
-class CannotRecord(Exception):
+class CannotRecord(TdcError):
     """A network does not run as one graph, for the reason given."""
 
 
@@ -105,11 +107,13 @@ class CudaGraph:
             params = self._ok(driver.cuGraphKernelNodeGetParams(node))
             given = ctypes.cast(int(params.kernelParams), ctypes.POINTER(ctypes.c_void_p))
             values: list[int] = []
-            # TVM's kernels of static shapes have addresses only.
             while True:
                 error, _, size = driver.cuFuncGetParamInfo(params.func, len(values))
-                if error != driver.CUresult.CUDA_SUCCESS or size != _POINTER_BYTES:
+                if error != driver.CUresult.CUDA_SUCCESS:
                     break
+                # TVM's kernels of static shapes have addresses only.
+                if size != _POINTER_BYTES:
+                    raise CannotRecord("a kernel has parameters that are no addresses")
                 values.append(ctypes.c_uint64.from_address(given[len(values)]).value)
             owned = (ctypes.c_uint64 * len(values))(*values)
             address = ctypes.addressof(owned)
