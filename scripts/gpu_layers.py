@@ -121,6 +121,14 @@ class Contender:
     launch: Callable[[Sequence[Any]], Any]
 
 
+def gpu_state() -> dict[str, str]:
+    """What the driver says of the first GPU."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return dict(zip(fields, answer.split(", "), strict=False))
+
+
 class Gpu:
     """A build's kernels, and clocks and graphs of the GPU that runs them."""
 
@@ -153,15 +161,13 @@ class Gpu:
         import torch
         import tvm
 
-        fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
         a = torch.randn(8192, 8192, device=self.device)
         for _ in range(60):
             a @ a
-        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        state = gpu_state()
         torch.cuda.synchronize()
         return {
-            "gpu": dict(zip(fields, answer.split(", "), strict=False)),
+            "gpu": state,
             "sms": torch.cuda.get_device_properties(0).multi_processor_count,
             "l2_bytes": self.l2_bytes,
             "torch": torch.__version__,

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_layers
 import bench_models
 import build_layers
+import check_precision
 import fit_model
 import gpu_check
 import gpu_layers
@@ -746,3 +747,10 @@ def test_a_report_keeps_precisions_apart_and_draws_bars(tmp_path):
     paths = bench_layers.plot(records, tmp_path)
     assert [path.name for path in paths] == ["net_fp16_batch1.png", "net_fp32_batch1.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_classes_are_compared_with_labels_and_with_the_reference():
+    expected = np.array([[4.0, 1.0], [1.0, 2.0], [0.5, -1.0], [0.0, 2.0]])
+    logits = expected + np.array([[0.1, 0.0], [0.0, -1.5], [0.0, 0.0], [0.0, 0.0]])
+    found = check_precision.compare(logits, expected, np.array([0, 1, 1, 1]))
+    assert found == {"accuracy": 0.5, "same_top1": 0.75, "relative_error": 1.5 / 4.0}
