@@ -200,7 +200,13 @@ def build(
     tasks = [(folder, device, named[start : start + KERNELS_PER_LIBRARY]) for start in starts]
     records, constants = [], {}
     with _processes(jobs) as pool:
-        for number, (more, arrays) in enumerate(pool.map(_compile, *zip(*tasks, strict=True)), 1):
+        # A pool that is interrupted while it begins cannot be shut down.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            results = pool.map(_compile, *zip(*tasks, strict=True))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, (more, arrays) in enumerate(results, 1):
             records += more
             constants |= arrays
             print(f"library {number} of {len(tasks)}", file=sys.stderr, flush=True)
