@@ -33,12 +33,13 @@ def build(folder: Path, arch: str, ranks: str) -> None:
     from tdc_tvm.onnx_model import freeze_shapes, load_onnx
     from tdc_tvm.verify import reference_outputs
 
-    gpu_check.begin_build(folder)
     test = np.load(DEMO / "fashion_mnist_test_1000.npz")
     images = test["images"].astype(np.float32)[:, None] / 255
     model = load_onnx(DEMO / "fashion_mnist.onnx")
     freeze_shapes(model, batch=BATCH)
     decompose_onnx(model, ranks)
+    gpu_check.device_of(arch)
+    gpu_check.begin_build(folder)
     name = model.graph.input[0].name
     logits = [reference_outputs(model, {name: part})[0] for part in np.split(images, len(images) // BATCH)]
     np.savez_compressed(

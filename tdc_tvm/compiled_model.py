@@ -102,7 +102,8 @@ class CompiledModel:
         """Run the model.  Calls from several threads take turns.
 
         A batch between the sizes that were built is filled up to the next larger one with zeros, and a warning says so
-        once for each size; so no image's result may depend on another's.
+        once for each size; so no image's result may depend on another's, and images must keep their order.  A library
+        of one size takes that one alone.
 
         Parameters
         ----------
@@ -160,6 +161,12 @@ class CompiledModel:
                 raise TdcError(f"input {info.name!r} has dtype {dtype}; expected {info.dtype} (convert it first)")
         if not sizes or rows == entry.batch:
             return entry, None
+        if len(self.entries) == 1:
+            # What else is as long as the batch by chance cannot be told from one size.
+            raise TdcError(
+                f"found a batch of {rows}; {self._built()}. Pass {entry.batch} images, or build the model for several"
+                f" sizes, such as batch=[{rows}, {entry.batch}]: what lies between them is filled up"
+            )
         self._say_filled_up(rows, entry)
         return entry, rows
 
@@ -187,8 +194,9 @@ class CompiledModel:
         if rows not in self._filled_up:
             self._filled_up.add(rows)
             warnings.warn(
-                f"a batch of {rows} runs as one of {entry.batch}, filled up with zeros; {self._built()}."
-                f" Build it with batch={rows} too if that size is frequent",
+                f"a batch of {rows} runs as one of {entry.batch}, filled up with zeros; {self._built()}. That is right"
+                " as long as each image's result depends on it alone and images keep their order. Build it with"
+                f" batch={rows} too if that size is frequent",
                 stacklevel=4,
             )
 

@@ -21,6 +21,8 @@ from tdc_tvm.schedules.shape import Conv2dShape
 
 # Before this version of the intermediate representation, every initializer is declared as an input too.
 _WEIGHTS_ARE_NO_INPUTS = 4
+# Of a dimension: what 32 bits hold.
+_MAX_EXTENT = 2**31 - 1
 
 ModelSource = str | os.PathLike | bytes | onnx.ModelProto
 
@@ -312,6 +314,8 @@ def freeze_shapes(
         static = tuple(int(extent) for extent in shape)
         if min(static, default=1) < 1:
             raise TdcError(f"input {value.name!r} has the shape {_dims(static)}; every extent must be at least 1")
+        if max(static, default=1) > _MAX_EXTENT:
+            raise TdcError(f"input {value.name!r} has the shape {_dims(static)}; an extent is {_MAX_EXTENT} at most")
         for dim, extent in zip(tensor.shape.dim, static, strict=True):
             dim.dim_value = extent
         numpy_type = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))

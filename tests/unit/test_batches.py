@@ -150,13 +150,14 @@ def test_an_output_without_a_batch_is_not_filled_up():
         built.run(x[:2])
 
 
-def test_a_single_size_is_as_before_and_filled_up_too(open_model, images, expected, tmp_path):
+def test_a_single_size_is_as_before_and_not_filled_up(open_model, images, expected):
     built = tdc_tvm.build(open_model, "llvm", batch=4)
     (entry,) = built.entries
     assert (entry.function, entry.batch) == ("main", 4)
     assert "batch" not in built.report.verification.detail
-    with pytest.warns(UserWarning, match="a batch of 3 runs as one of 4"):
-        np.testing.assert_allclose(built.run(images[:3]), expected[:3], atol=1e-5)
+    np.testing.assert_allclose(built.run(images[:4]), expected[:4], atol=1e-5)
+    with pytest.raises(TdcError, match=r"a batch of 3; .* Pass 4 images, .* such as batch=\[3, 4\]"):
+        built.run(images[:3])
     with pytest.raises(TdcError, match="built for batches of 4"):
         built.run(images)
 

@@ -303,6 +303,7 @@ def test_shapes_become_static(inputs, options, expected):
         ),
         ({"x": ("N", 3), "y": (1, "L")}, {"batch": 1}, r"'y' has the dynamic shape \(1, L\)"),
         ({"x": ("N", 3)}, {"batch": 0}, "every extent must be at least 1"),
+        ({"x": ("N", 3)}, {"batch": 2**63}, "an extent is 2147483647 at most"),
         ({"x": (1, 3)}, {"batch": 8}, r"batch=8 fits no input, the model's shapes are fixed \(x \(1, 3\)\)"),
         ({"x": ("N", 3)}, {"input_shapes": {"y": (1, 3)}}, r"names \['y'\], but the model's inputs are \['x'\]"),
         ({"x": ("N", 3)}, {"input_shapes": {"x": (1, 4)}}, r"declared as \(N, 3\); input_shapes gives \(1, 4\)"),
