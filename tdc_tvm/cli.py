@@ -344,6 +344,8 @@ def bench(
     from tdc_tvm.bench import Contender, measure, onnxruntime_contender, tvm_contender
     from tdc_tvm.compiled_model import load
 
+    if tvm_default and all(path.suffix == ".so" for path in models):
+        raise TdcError("--tvm-default needs an ONNX model to build; give the one that the library was built from, too")
     contenders: list[Contender] = []
     for path in models:
         if path.suffix == ".so":
@@ -388,6 +390,9 @@ def inspect(
         from tdc_tvm.report import BuildReport
 
         data = read_metadata(path)
+        if batch:
+            sizes = ", ".join(str(entry.batch) for entry in data.entries)
+            raise TdcError(f"--batch is for ONNX models; {path} was built for batches of {sizes}: leave it out")
         if as_json:
             from dataclasses import asdict
 

@@ -144,6 +144,10 @@ def test_several_batch_sizes(tucker_model, tmp_path):
         assert name in text
     with pytest.raises(TdcError, match="found batch=2; the model was built for batches of 1, 3; leave batch"):
         tdc("bench", library, "--batch", 2, *quick)
+    with pytest.raises(TdcError, match=r"--batch is for ONNX models; .* batches of 1, 3"):
+        tdc("inspect", library, "--batch", 3)
+    with pytest.raises(TdcError, match="--tvm-default needs an ONNX model"):
+        tdc("bench", library, "--tvm-default")
     with pytest.raises(TdcError, match=r"batch is \[2, 2\]; expected a whole number from 1 on"):
         tdc("build", model, "-o", library, "--batch", 2, "--batch", 2)
 
