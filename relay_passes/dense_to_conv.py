@@ -6,10 +6,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tdc_tvm.relay_passes.graph import ints, is_static
+from tdc_tvm.relay_passes.graph import RESHAPES, ints, is_static
 
 _ADD, _MATMUL = (tvm.ir.Op.get(f"relax.{name}") for name in ("add", "matmul"))
-_FLAT = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "flatten", "squeeze", "expand_dims")]
 _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 _CLIPS = [tvm.ir.Op.get(f"relax.{name}") for name in ("nn.relu", "maximum", "minimum")]
 
@@ -66,7 +65,7 @@ class _Rewriter(relax.PyExprMutator):
             if call.op == _PERMUTE:
                 is_image = call.attrs.axes is not None and ints(call.attrs.axes) == (0, 3, 1, 2) and is_static(x)
                 return x if is_image else None
-            if not any(call.op == op for op in _FLAT) or int(call.ty.shape[0]) != batch:
+            if not any(call.op == op for op in RESHAPES) or int(call.ty.shape[0]) != batch:
                 return None
         return None
 

@@ -18,6 +18,9 @@ _ADD, _MULTIPLY, _RELU, _MAX, _MIN = (
     tvm.ir.Op.get(f"relax.{name}") for name in ("add", "multiply", "nn.relu", "maximum", "minimum")
 )
 
+# What only changes a tensor's shape.
+RESHAPES = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "flatten", "squeeze", "expand_dims")]
+
 
 @dataclass(frozen=True)
 class Conv:

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
 from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.fuse_pool2d import pool_shape
-from tdc_tvm.relay_passes.graph import Graph
+from tdc_tvm.relay_passes.graph import RESHAPES, Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, POOL2D, TUCKER_CONV
 from tdc_tvm.schedules import backend
@@ -23,7 +23,7 @@ from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Tensors
 from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, TuckerConvShape
 
-_RESHAPES = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "permute_dims", "squeeze", "flatten")]
+_PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -245,7 +245,7 @@ def _results(main: relax.Function) -> set[relax.Var]:
             call = graph.values.get(value)
             if isinstance(call, relax.Var):
                 value = call
-            elif isinstance(call, relax.Call) and any(call.op == op for op in _RESHAPES):
+            elif isinstance(call, relax.Call) and any(call.op == op for op in (*RESHAPES, _PERMUTE)):
                 value = call.args[0]
             else:
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import relax
 
-from tdc_tvm.relay_passes.graph import ints, is_static
+from tdc_tvm.relay_passes.graph import RESHAPES, ints, is_static
 
 
 def _legalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -25,6 +25,4 @@ def _keeps_order(call: relax.Call) -> bool:
 
 
 # For LegalizeOps.
-VIEW_RESHAPES = {
-    f"relax.{name}": _legalize for name in ("reshape", "flatten", "squeeze", "expand_dims", "permute_dims")
-}
+VIEW_RESHAPES = {name: _legalize for name in (*(op.name for op in RESHAPES), "relax.permute_dims")}

@@ -27,6 +27,7 @@ from tdc_tvm.relay_passes.outline import KIND_ATTR, POOL2D
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
 from tdc_tvm.schedules.cuda import chain_conv
 from tdc_tvm.schedules.cuda.pool import Pool2dShape
+from tdc_tvm.schedules.cuda.work import UNITS
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import KernelConfig
 from tdc_tvm.schedules.shape import DTYPES
@@ -190,10 +191,13 @@ def conv_launches(op: ConvOp, config: KernelConfig, is_early: bool) -> Iterator[
         outputs = last.out_pixels * last.out_channels
         is_added = op.epilogue.residual and end == len(stages)
         elements = first.batch * rows * columns * first.in_channels + outputs * (2 if is_added else 1)
-        elements += sum(stage.weight_count for stage in stages[begin:end])
+        # Grouped convolutions have no groups of warps.
+        group = dict(config.parameters).get(f"group{number or ''}", 1)
+        weight_dtype = UNITS[first.precision, group].weight_dtype
+        weights = sum(stage.weight_count for stage in stages[begin:end])
         yield Launch(
             f"{op.name}_{number}" if len(bounds) > 2 else op.name,
-            elements * tvm.DataType(first.dtype).itemsize,
+            elements * tvm.DataType(first.dtype).itemsize + weights * tvm.DataType(weight_dtype).itemsize,
             sum(stage.macs for stage in stages[begin:end]),
             first.precision,
             is_early,

@@ -39,7 +39,7 @@ def contenders(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         key=lambda one: (
             CLOCKS.index(one[0]),
             one[1] != "ours",
-            one[1].rpartition("_")[0],
+            _kind(one[1]),
             one[1].endswith("original"),
         ),
     )

@@ -291,17 +291,6 @@ class CompiledModel:
                 self._vm = tvm.runtime.vm.VirtualMachine(module, self.device)
             return self._vm
 
-    @property
-    def graph(self) -> CudaGraph | None:
-        """On a GPU the first entry's recorded call; none where it cannot be, which `why_no_graph` then says."""
-        with self._lock:
-            return self._point(self.entries[0]).graph
-
-    @property
-    def why_no_graph(self) -> str:
-        """Why there is no `graph` on a GPU."""
-        return self._point(self.entries[0]).why_no_graph
-
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
         names = [info.name for info in self.inputs]
         expected = ", ".join(f"{i.name}: {i.dtype}{list(i.shape)}" for i in self.inputs)
@@ -326,7 +315,6 @@ class _EntryPoint:
         self.entry = entry
         self.machine = machine
         self.device = device
-        self.why_no_graph = ""
 
     def run(self, tensors: Sequence[tvm.runtime.Tensor]) -> tuple[tvm.runtime.Tensor, ...]:
         """Results that the next call overwrites, where there is a graph."""
@@ -347,13 +335,12 @@ class _EntryPoint:
 
     @functools.cached_property
     def graph(self) -> CudaGraph | None:
-        """On a GPU the call, recorded at its first use; none where it cannot be, which `why_no_graph` then says."""
+        """On a GPU the call, recorded at its first use; none where it cannot be, and a warning says why."""
         if self.device.dlpack_device_type() == _DLPACK_CPU:
             return None
         try:
             return CudaGraph(self.machine[with_storage(self.entry.function)], self.buffers)
         except (CannotRecord, ImportError, RuntimeError) as error:
-            self.why_no_graph = str(error)
             hint = "; pip install 'tdc-tvm[cuda]' brings what is missing" if isinstance(error, ImportError) else ""
             warnings.warn(
                 f"calls are not recorded as a CUDA graph ({error}): kernels are launched one by one, which takes"

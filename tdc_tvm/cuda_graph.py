@@ -144,11 +144,6 @@ class CudaGraph:
             self._places[i] = address
         self._ok(driver.cuGraphLaunch(self._executable, stream))
 
-    @property
-    def kernels(self) -> int:
-        """How many are launched."""
-        return self._ok(self._driver.cuGraphGetNodes(self._graph))[1]
-
     def __del__(self) -> None:
         for destroy, name in (("cuGraphExecDestroy", "_executable"), ("cuGraphDestroy", "_graph")):
             if hasattr(self, name):
