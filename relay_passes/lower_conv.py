@@ -83,6 +83,8 @@ def read_conv(function: relax.Function) -> ConvOp:
         shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     layout = str(convs[0].call.attrs.data_layout)
     head, residual = graph.conv_head(convs[0]), tails[-1].residual
+    if head is not None:
+        shape = replace(shape, prologue=True)
     operands = [convs[0].data if head is None else head.source, *(() if residual is None else (residual,))]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
     name, prologue = str(function.attrs[NAME_ATTR]), None if head is None else head.prologue

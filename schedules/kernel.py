@@ -74,11 +74,12 @@ class Tensors:
     out_dtype: str | None = None
 
 
-def check_prologue(shape: ConvShape, prologue: Prologue) -> None:
-    """Raise `TdcError` unless a prologue fits a convolution: padding is zero behind it, so there can be none."""
-    if not isinstance(shape, Conv2dShape) or shape.groups > 1 or any(shape.padding):
-        raise TdcError(f"{shape} has stages, groups or padding; only a convolution without can have a prologue")
-    for name in ("scale", "shift"):
+def check_prologue(shape: ConvShape, prologue: Prologue | None) -> None:
+    """Raise `TdcError` unless a prologue is what a convolution has."""
+    wanted = isinstance(shape, Conv2dShape) and shape.prologue
+    if wanted != (prologue is not None):
+        raise TdcError(f"found {'no' if wanted else 'a'} prologue for {shape}")
+    for name in ("scale", "shift") if prologue is not None else ():
         found = getattr(prologue, name).shape
         if found != (shape.in_channels,):
             raise TdcError(f"found a {name} of shape {found} for {shape}, expected {(shape.in_channels,)}")

@@ -38,12 +38,15 @@ class Conv2dShape:
     precision : str
         Arithmetic and storage: ``"fp32"`` strict, ``"tf32"`` (stored as FP32, multiplied on tensor
         cores), ``"fp16"`` or ``"bf16"`` (on tensor cores, summed in FP32).
+    prologue : bool
+        Whether each channel of the input is scaled, shifted and clipped where it is read.
 
     Raises
     ------
     TdcError
         If the precision is unknown, an extent is not a positive int, a tuple not of as many ints, the
-        channels do not divide by the groups, or the window is larger than the padded input.
+        channels do not divide by the groups, the window is larger than the padded input, or a prologue comes
+        before groups or padding.
     """
 
     batch: int
@@ -57,6 +60,7 @@ class Conv2dShape:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     precision: str = "fp32"
+    prologue: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in tuple(DTYPES):
@@ -91,6 +95,12 @@ class Conv2dShape:
                 f"impossible convolution: a {self.kernel} window with dilation {self.dilation} does not fit "
                 f"into {self.height}x{self.width} with padding {self.padding}"
             )
+
+        if type(self.prologue) is not bool:
+            raise TdcError(f"found prologue={self.prologue!r}; expected True or False")
+        if self.prologue and (self.groups > 1 or any(self.padding)):
+            # Padding is zero behind it.
+            raise TdcError(f"{self} has groups or padding; only a convolution without can have a prologue")
 
     @property
     def out_height(self) -> int:
@@ -149,7 +159,7 @@ class Conv2dShape:
             text += f" groups {self.groups}"
         if self.precision != "fp32":
             text += f" {self.precision}"
-        return text
+        return text + " with a prologue" if self.prologue else text
 
 
 @dataclass(frozen=True, order=True)
@@ -182,6 +192,8 @@ class TuckerConvShape:
             raise TdcError(f"found reduce_bias={self.reduce_bias!r}; expected True or False")
         if self.dense.groups != 1:
             raise TdcError(f"a Tucker convolution has no groups; found {self.dense.groups}")
+        if self.dense.prologue:
+            raise TdcError("a Tucker convolution has no prologue")
         if min(self.rank_in, self.rank_out) < 1:
             raise TdcError(f"impossible Tucker ranks ({self.rank_in}, {self.rank_out}): they must be at least 1")
 

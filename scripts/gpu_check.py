@@ -33,12 +33,11 @@ ARCH_HELP = "stands for the first GPU of the package's table that has it, such a
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution with what follows it, which stages have a bias, and whether its input is normalised before."""
+    """A convolution with what follows it, and which stages have a bias."""
 
     shape: ConvShape
     epilogue: Epilogue
     biases: tuple[bool, ...]
-    has_prologue: bool = False
 
     def __post_init__(self) -> None:
         if hasattr(self.shape, "stages"):
@@ -60,8 +59,7 @@ class Case:
         return sum(stage.weight_count // stage.out_channels for stage in self.stages)
 
     def __str__(self) -> str:
-        before = ", with a prologue" if self.has_prologue else ""
-        return f"{self.shape}, biases {self.biases}, epilogue {self.epilogue}{before}"
+        return f"{self.shape}, biases {self.biases}, epilogue {self.epilogue}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def table_cases() -> list[Case]:
             dense = replace(shape.dense, precision=precision)
             cases.append(Case(replace(shape, dense=dense), epilogue, (True, True, True)))
         for shape in (Conv(1, 14, 14, 256, 128), Conv(2, 7, 9, 130, 34, stride=(2, 1)), Conv(1, 28, 28, 1000, 24)):
-            cases.append(Case(replace(shape, precision=precision), relu, (True,), has_prologue=True))
+            cases.append(Case(replace(shape, precision=precision, prologue=True), relu, (True,)))
     return cases
 
 
@@ -325,12 +323,12 @@ def make(case: Case | PoolCase, device: DeviceSpec, index: int) -> Made:
     configs = conv.candidates(case.shape, device)
     # The model's pick for half of the cases; any configuration must be right.
     config = configs[rng.integers(len(configs))] if index % 2 else conv.choose(case.shape, device)[0]
-    prepared, prologue = normalised(x, case.has_prologue, case.precision, rng)
+    prepared, prologue = normalised(x, case.stages[0].prologue, case.precision, rng)
     kernel = conv.make_kernel(case.shape, case.epilogue, weights, config, device, "conv", prologue)
     inputs = [x, *kernel.constants, *([] if residual is None else [residual])]
     text = f"{case}, {config.strategy}: {config}"
     # Where it is normalised the input is rounded once more.
-    limit = tolerance(case.precision, case.depth) * (1 + case.has_prologue)
+    limit = tolerance(case.precision, case.depth) * (1 + case.stages[0].prologue)
     return Made(kernel, inputs, reference(case, prepared, weights, residual), limit, text)
 
 

@@ -181,9 +181,8 @@ def _space(
         sharing: np.ndarray = np.array(splits(stages, core))
         has_crews = unit.name == "fma" and device.compute_capability >= 90
         warps = np.array(_FMA_CREWS[group] if has_crews else _WARPS[unit.name])
-        numbers = np.meshgrid(range(len(shapes)), range(len(sharing)), range(len(warps)), [group], indexing="ij")
-        tile, share, block, groups = (axis.ravel() for axis in numbers)
-        grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, groups])
+        tile, share, block = np.indices((len(shapes), len(sharing), len(warps))).reshape(3, -1)
+        grid = np.stack([*np.array(shapes)[tile].T, *sharing[share].T, *warps[block].T, np.full(len(tile), group)])
         part = chain_conv.make_part(stages, (*grid[:-1], group), device, in_width, out_width)
         fits = np.broadcast_to(part.fits, grid.shape[1])
         latencies_us.append(np.broadcast_to(model.latency_us(part, in_width is out_width is None), grid.shape[1])[fits])
@@ -298,8 +297,7 @@ def make_kernel(
     if reason:
         raise TdcError(f"cannot run {config} for {shape}: {reason}")
     check_weights(shape, weights)
-    if prologue is not None:
-        check_prologue(shape, prologue)
+    check_prologue(shape, prologue)
     if config.strategy == "direct":
         assert isinstance(shape, Conv2dShape)
         return direct.make_kernel(shape, epilogue, weights, config, name)

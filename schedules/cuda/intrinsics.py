@@ -200,6 +200,15 @@ _BODIES = {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(to), "l"(from), "r"(bytes), "r"(box) : "memory");
 }""",
+    # What is read but once is the first to leave the L2 cache.
+    "tdc_fetch_once": """void tdc_fetch_once(int to, const void* from, int bytes, int box) {
+  asm volatile(
+      "{\\n .reg .b64 policy;\\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], policy;\\n}"
+      :: "r"(to), "l"(from), "r"(bytes), "r"(box) : "memory");
+}""",
     # To the shared memory of another block of the cluster, where ``to`` and ``box`` lie in this one's.
     "tdc_send": """void tdc_send(int from, int to, int box, int rank, int bytes) {
   int remote, remote_box;

@@ -17,7 +17,7 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     -------
     numpy.ndarray
         ``(blocks, chunks, channel tiles, parts of the depth, units of a chunk, rows, lanes, vector)``, zero where
-        there is no weight.
+        there is no weight; ``(chunks, blocks, ...)`` where `Part.is_streamed`.
     """
     conv, unit, work = part.stages[stage], part.unit, part.works[stage]
     tiles, share, chunk = part.tiles_of_work(stage)[0], part.share(stage), part.chunk_units(stage)
@@ -62,7 +62,8 @@ def pack_weights(part: Part, stage: int, weights: ConvWeights) -> np.ndarray:
     parts = packed.reshape(blocks, tiles, work.splits, share, -1)
     whole = np.zeros((*parts.shape[:3], chunks * chunk, parts.shape[-1]), np.float32)
     whole[:, :, :, :share] = parts
-    chunked = whole.reshape(*parts.shape[:3], chunks, chunk, -1).transpose(0, 3, 1, 2, 4, 5)
+    order = (3, 0, 1, 2, 4, 5) if part.is_streamed else (0, 3, 1, 2, 4, 5)
+    chunked = whole.reshape(*parts.shape[:3], chunks, chunk, -1).transpose(order)
     if unit.halves:
         return (chunked * np.float32(weight_scale(weights))).astype(np.float16)
     return round_to(part.precision, chunked)

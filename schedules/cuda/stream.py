@@ -72,8 +72,15 @@ class WeightStream:
         return self.resident_at[stage] + place * (4 * self.part.chunk_vectors(stage))
 
     def own_weights(self, stage: int) -> ir.Expr | int:
-        """The first of this block's vectors of weights."""
+        """The first of this block's vectors of weights, which lie one after the other."""
         return self.block.rank * self.part.weight_vectors(stage)
+
+    def own_chunk(self, stage: int, chunk: ir.Expr | int) -> ir.Expr | int:
+        """The first vector of one of this block's chunks."""
+        part, vectors = self.part, self.part.chunk_vectors(stage)
+        if part.is_streamed:
+            return (chunk * part.split + self.block.rank) * vectors
+        return self.own_weights(stage) + chunk * vectors
 
     def begin(self, stage: int) -> None:
         """Begin to copy a stage's weights that have a place of their own."""
@@ -88,15 +95,17 @@ class WeightStream:
     def fetch(self, stage: int, chunk: ir.Expr | int, place: ir.Expr | int) -> None:
         """Begin to copy a chunk, by one thread."""
         vectors, box = self.part.chunk_vectors(stage), self.mailbox(stage, place)
-        start = (self.own_weights(stage) + chunk * vectors) * self.block.unit.weight_vector
+        start = self.own_chunk(stage, chunk) * self.block.unit.weight_vector
         to = self.block.at(self.chunk_at(stage, place))
         run("tdc_mailbox_expect", box, 16 * vectors)
-        run("tdc_fetch", to, address(self.block.buffers.weights[stage], start), 16 * vectors, box)
+        # The L2 cache has no room for these anyway: others' weights and activations stay there.
+        fetch = "tdc_fetch_once" if self.part.is_streamed else "tdc_fetch"
+        run(fetch, to, address(self.block.buffers.weights[stage], start), 16 * vectors, box)
 
     def copy(self, stage: int, chunk: ir.Expr | int, place: ir.Expr | int) -> None:
         """Begin to copy a chunk, by all threads."""
         vectors = self.part.chunk_vectors(stage)
-        start = T.Bind(self.own_weights(stage) + chunk * vectors)
+        start = T.Bind(self.own_chunk(stage, chunk))
         to = T.Bind(self.block.at(self.chunk_at(stage, place)))
 
         def copy_one(vector: ir.Expr) -> None:

@@ -126,6 +126,12 @@ def work_options(name: str) -> tuple[np.ndarray, ...]:
     return np.ix_((2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), (0,))[:3]
 
 
+@functools.cache
+def _work_table(name: str) -> np.ndarray:
+    """All of them: ``rows``, ``columns`` and ``splits``, one after the other."""
+    return np.stack(np.broadcast_arrays(*work_options(name))).reshape(3, -1)
+
+
 def rows_kept(work: Work, window_rows: Number, tile_h: Number) -> Number:
     """Rows of the window that lanes keep in registers: 1 or ``window_rows``, if the warps' tiles are whole columns."""
     return 1 + (window_rows - 1) * ((work.columns > 1) & (tile_h % work.columns == 0))
@@ -185,7 +191,7 @@ def choose_work(
     allowed = allowed & (registers_of(work, unit, kept) <= limit_)
     cycles = stage_cycles(work, pixels_, channels_, units_, groups, unit, kept)
     best = np.where(allowed, cycles, np.inf).reshape(-1, len(first)).argmin(axis=0)[places.reshape(numbers.shape)]
-    chosen = np.stack(np.broadcast_arrays(rows, columns, splits)).reshape(3, -1)[:, best]
+    chosen = _work_table(unit.name)[:, best]
     return Work(*chosen) if numbers.shape else Work(*map(int, chosen))
 
 

@@ -393,6 +393,7 @@ static void tdc_fetch(int to, const void* from, int bytes, int box) {
   expect(to % 128 == 0, SLOW);
   begin(at(to, self->block), (const float*)from, bytes, box, self->block);
 }
+static void tdc_fetch_once(int to, const void* from, int bytes, int box) { tdc_fetch(to, from, bytes, box); }
 static void complete_a_bulk_copy() {
   std::swap(bulk_copies[draw(bulk_copies.size())], bulk_copies.back());
   BulkCopy copy = bulk_copies.back();
