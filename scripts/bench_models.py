@@ -16,6 +16,7 @@ weights, of what lies between kernels, and of outputs.  The floor of ours is `ne
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import lzma
@@ -57,6 +58,11 @@ def make_model(name: str, is_tucker: bool) -> nn.Module:
 
     The same on every machine: they come from NumPy, by the weights' names.
     """
+    return copy.deepcopy(_make_model(name, is_tucker))
+
+
+@functools.lru_cache(maxsize=2)
+def _make_model(name: str, is_tucker: bool) -> nn.Module:
     import torch
     import torchvision
 
@@ -301,7 +307,7 @@ def measure(gpu: Gpu, kernel: dict[str, Any], seconds: float, wanted: Sequence[s
     form = layer["form"]
     generator = torch.Generator(gpu.device).manual_seed(0)
     x = torch.randn(layer["x"], generator=generator, device=gpu.device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         expected = {
             form: make_model(layer["network"], form == "tucker").to(gpu.device).double()(x.double()) for form in FORMS
         }
