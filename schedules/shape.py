@@ -38,12 +38,15 @@ class Conv2dShape:
     precision : str
         Arithmetic and storage: ``"fp32"`` strict, ``"tf32"`` (stored as FP32, multiplied on tensor
         cores), ``"fp16"`` or ``"bf16"`` (on tensor cores, summed in FP32).
+    pool : bool
+        Whether the maximum of each 2x2 of the output is all that is stored, of whole 2x2 only.
 
     Raises
     ------
     TdcError
         If the precision is unknown, an extent is not a positive int, a tuple not of as many ints, the
-        channels do not divide by the groups, or the window is larger than the padded input.
+        channels do not divide by the groups, the window is larger than the padded input, or there are maxima of
+        groups or of no 2x2.
     """
 
     batch: int
@@ -57,6 +60,7 @@ class Conv2dShape:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     precision: str = "fp32"
+    pool: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in tuple(DTYPES):
@@ -91,6 +95,13 @@ class Conv2dShape:
                 f"impossible convolution: a {self.kernel} window with dilation {self.dilation} does not fit "
                 f"into {self.height}x{self.width} with padding {self.padding}"
             )
+        if type(self.pool) is not bool:
+            raise TdcError(f"found pool={self.pool!r}; expected True or False")
+        if self.pool and (self.groups > 1 or min(self.out_height, self.out_width) < 2):
+            raise TdcError(
+                f"impossible convolution: maxima of 2x2 of {self.out_height}x{self.out_width} outputs in "
+                f"{self.groups} group(s); there must be 2x2 or more, and one group"
+            )
 
     @property
     def out_height(self) -> int:
@@ -108,6 +119,12 @@ class Conv2dShape:
     def out_pixels(self) -> int:
         """Output positions, batch included."""
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def stored_extents(self) -> tuple[int, int, int, int]:
+        """Of what is stored of the output: ``(batch, height, width, out_channels)``."""
+        step = 2 if self.pool else 1
+        return self.batch, self.out_height // step, self.out_width // step, self.out_channels
 
     @property
     def weight_count(self) -> int:
@@ -149,7 +166,7 @@ class Conv2dShape:
             text += f" groups {self.groups}"
         if self.precision != "fp32":
             text += f" {self.precision}"
-        return text
+        return text + " + 2x2 max" if self.pool else text
 
 
 @dataclass(frozen=True, order=True)
@@ -190,13 +207,14 @@ class TuckerConvShape:
         """The reducing 1x1, the core and the expanding 1x1."""
         d = self.dense
         plain = Conv2dShape(d.batch, d.height, d.width, d.in_channels, self.rank_in, precision=d.precision)
-        core = replace(d, in_channels=self.rank_in, out_channels=self.rank_out)
+        core = replace(d, in_channels=self.rank_in, out_channels=self.rank_out, pool=False)
         expand = replace(
             plain,
             height=d.out_height,
             width=d.out_width,
             in_channels=self.rank_out,
             out_channels=d.out_channels,
+            pool=d.pool,
         )
         return plain, core, expand
 

@@ -260,9 +260,13 @@ def reference(case: Case, x: np.ndarray, weights: tuple[ConvWeights, ...], resid
         value = convolve(stage, value, stage_weights)
     if residual is not None:
         value = value + residual.astype(np.float64)
-    if case.epilogue.clip_min is None and case.epilogue.clip_max is None:
+    if case.epilogue.clip_min is not None or case.epilogue.clip_max is not None:
+        value = np.clip(value, case.epilogue.clip_min, case.epilogue.clip_max)
+    if not case.stages[-1].pool:
         return value
-    return np.clip(value, case.epilogue.clip_min, case.epilogue.clip_max)
+    batch, height, width, channels = case.stages[-1].stored_extents
+    windows = value[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
+    return windows.max(axis=(2, 4))
 
 
 def error_of(actual: np.ndarray, expected: np.ndarray) -> float:

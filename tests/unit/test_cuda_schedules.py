@@ -668,3 +668,42 @@ def test_weights_that_memory_bounds_are_stored_in_half(tmp_path):
     Emulator({"conv": kernel.func}, tmp_path / "small")("conv", [x, *kernel.constants, out])
     np.testing.assert_allclose(out, 1016 * 3e-9, rtol=1e-3)
     assert "stores weights in FP16 (group=2)" in conv.reject_reason(dense, configs[0], H100)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_maxima_of_2x2_are_all_that_is_stored(tmp_path, precision):
+    """Of odd extents, of several tiles a block, of channels and depths in parts, of crews, of clusters and their sums."""
+    small = replace(H100, core_count=2)
+    dense = Conv2dShape(2, 13, 17, 40, 24, (3, 3), padding=SAME, precision=precision, pool=True)
+    case = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(True, 0.0), (True, True, True))
+    merged = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(), (False, True, False))
+    conv_case = gpu_check.Case(dense, Epilogue(True, -0.5, 1.5), (True,))
+    strided = replace(dense, stride=(2, 1), out_channels=19)
+    odd_channels = gpu_check.Case(strided, Epilogue(), (True,))
+    runs = [
+        (case, config_of("tile", (4, 8, 1, 4)), H100),
+        (case, config_of("tile", (6, 2, 1, 2)), small),
+        (case, config_of("cluster", (4, 8, 3, 2)), small),
+        (case, config_of("two", (3, 5, 1, 4), (2, 8, 2, 2), cut=1), H100),
+        (case, config_of("two", (5, 4, 2, 8), (2, 6, 1, 4), cut=2), small),
+        (case, config_of("three", (5, 3, 1, 2), (3, 3, 1, 4), (4, 4, 2, 1)), small),
+        (case, config_of("three", (4, 4, 2, 2, 1, 1), (3, 4, 3, 4, 1, 1), (6, 4, 2, 1, 1, 1)), H100),
+        (merged, config_of("dense", (4, 4, 2, 4)), H100),
+        (conv_case, config_of("conv", (8, 8, 2, 4)), small),
+        (conv_case, config_of("conv", (8, 8, 3, 4, 1, 1)), H100),
+        (conv_case, config_of("conv", (4, 6, 3, 4, 1, 1)), small),
+        (conv_case, config_of("conv", (4, 4, 1, 2, 1, 0, 3)), small),
+        (odd_channels, config_of("conv", (2, 4, 1, 2)), H100),
+    ]
+    if precision == "fp32":
+        runs.append((case, config_of("tile", (8, 8, 1, 2, 4, 0, 2)), H100))
+    else:
+        runs.append((case, config_of("tile", (8, 8, 1, 8, 4)), small))
+        runs.append((case, config_of("cluster", (4, 8, 2, 4, 4)), H100))
+        runs.append((conv_case, config_of("conv", (14, 8, 2, 8, 4, 1)), small))
+        runs.append((odd_channels, config_of("conv", (4, 8, 1, 4, 4, 0, 2)), small))
+    parts = [parts_of(case.shape, config, device)[-1] for case, config, device in runs]
+    assert {part.rounds > 1 for part in parts} == {False, True}
+    assert any(part.is_cluster and part.core.pool and part.rows_kept(0) > 1 for part in parts)
+    assert any(part.group_pixels * part.split > part.tile_pixels for part in parts if part.core.pool)
+    assert not emulate(tmp_path, runs)
