@@ -13,7 +13,8 @@ from tdc_tvm.schedules.cuda import warp, warpgroup
 from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.division import BANKS
-from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, larger_of, run
+from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
+from tdc_tvm.schedules.cuda.maxima import put_result, store_maxima
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.prologue import apply_prologue, constants_of, prepare_input
 from tdc_tvm.schedules.cuda.stream import WeightStream
@@ -159,7 +160,7 @@ class Chain(Block):
             if part.is_cluster:
                 run("tdc_cluster_arrive")
             if part.pools:
-                self.pool()
+                store_maxima(self)
             if part.rounds > 1:
                 # Shared memory is written again.
                 self.meet()
@@ -593,7 +594,7 @@ class Chain(Block):
 
     def finish(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Add the bias to sums and hand them on: to the next stage, or to the output."""
-        part, rows = self.part, self.result_rows(stage)
+        rows = self.result_rows(stage)
         if self.buffers.biases[stage] is not None:
             with unrolled(rows) as row:
                 bias = self.shared[self.bias_at[stage] + channel + row]
@@ -637,7 +638,7 @@ class Chain(Block):
         return words, rows // 2
 
     def store(self, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
-        """Apply the epilogue and store to the output, or where `pool` finds it."""
+        """Apply the epilogue and store to the output, or where `store_maxima` finds it."""
         part, epilogue, residual, own = self.part, self.epilogue, self.buffers.residual, channel
         core, channel = part.core, self.out_channel(channel)
         y, x = self.place_in_tile(pixel)
@@ -653,8 +654,7 @@ class Chain(Block):
                     value = value + T.cast(residual[self.tile.image, y, x, at], "float32")
                 T.buffer_store(values, clip(value, epilogue), [row])
             if part.pools:
-                words, count = (values, rows) if self.unit.dtype == "float32" else self.to_words(values, rows)
-                run(f"tdc_move{count}", self.place(self.pooled_word(pixel - self.first_pooled(), own)), address(words, 0))
+                put_result(self, pixel, own, values, rows)
             else:
                 self.write(y, x, channel, values, rows)
 
@@ -692,50 +692,3 @@ class Chain(Block):
             width = min(4, count - first)
             to = address(out, self.tile.image, y, x, start + channel + first * rows // count)
             run(f"tdc_move{width}", to, address(words, first))
-
-    def first_pooled(self) -> ir.Expr | int:
-        """The first pixel of the results that this block takes maxima of."""
-        part = self.part
-        return self.rank * part.group_pixels if part.is_cluster and part.core_index == self.last else 0
-
-    def pooled_word(self, pixel: ir.Expr, channel: ir.Expr) -> ir.Expr:
-        """Where a channel of one of those pixels lies."""
-        return self.pooled_at + pixel * self.part.pooled_pitch + channel * self.unit.element_bytes // 4
-
-    def pool(self) -> None:
-        """Store the maximum of each 2x2 results that are all of the output."""
-        part, core, unit = self.part, self.part.core, self.unit
-        vectors, row, first = part.slice_channels(self.last) // unit.vector, part.row_pixels_of_tile, self.first_pooled()
-
-        def take(item: ir.Expr) -> None:
-            window, own = T.Bind(item // vectors), T.Bind(item % vectors * unit.vector)
-            pixel = T.Bind(window // (row // 2) * (2 * row) + window % (row // 2) * 2)
-            channel = self.out_channel(own)
-            y, x = self.place_in_tile(first + pixel)
-            y, x = T.Bind(self.tile.out_y0 + y), T.Bind(self.tile.out_x0 + x)
-            values, more, words = (local(count) for count in (unit.vector, unit.vector, 4))
-
-            def store() -> None:
-                for number, apart in enumerate((0, 1, row, row + 1)):
-                    to = more if number else values
-                    from_ = self.place(self.pooled_word(pixel + apart, own))
-                    run("tdc_move4", address(to if unit.dtype == "float32" else words, 0), from_)
-                    if unit.dtype != "float32":
-                        for pair in range(4):
-                            run(f"tdc_unpack_{unit.dtype}", address(to, pair * 2), address(words, pair))
-                    if number:
-                        with unrolled(unit.vector) as i:
-                            T.buffer_store(values, larger_of(values[i], T.Bind(more[i])), [i])
-                self.write(y // 2, x // 2, channel, values, unit.vector)
-
-            inside = all_of(
-                self.tile.exists,
-                self.is_in_tile(first + pixel) if part.is_cluster and part.core_index == self.last else True,
-                y < core.out_height - 1 if core.out_height % part.tile_h else True,
-                x < core.out_width - 1 if core.out_width % part.tile_w else True,
-                self.is_stored(channel),
-            )
-            when(inside, store)
-
-        self.meet()
-        self.each(part.pooled_pixels // 4 * vectors, take)
