@@ -307,7 +307,7 @@ def test_a_dense_layer_reads_images_as_they_lie():
 
 
 def maxima(after, size=(8, 6), **conv):
-    """A convolution and what ``after`` makes of it; its window of maxima is 2x2 with stride 2, if not said otherwise."""
+    """A convolution and what ``after`` makes of it, with maxima of 2x2 at stride 2 if it does not say otherwise."""
     b = ModelBuilder(seed=7)
     x = b.conv(b.input("x", (2, 16, *size)), 16, 32, **{"kernel": 3, "pads": [1] * 4, "bias": True} | conv)
 

@@ -195,7 +195,7 @@ def config_with(strategy, drop=(), **changes):
         (TUCKER, config_with("tile", group=2), "has group=2; expected 1 or 4"),
         (replace(DENSE, precision="fp16"), config_with("conv", tile_w=8, group=2), "has group=2; expected 1 or 4"),
         (DENSE, config_with("conv", tile_h=224, tile_w=224), "tiles of 224x224 = 50176 pixels; at most 256"),
-        (replace(DENSE, pool=True), config_with("conv", tile_h=3), "even height and width for maxima of 2x2; has tiles of"),
+        (replace(DENSE, pool=True), config_with("conv", tile_h=3), "even height and width for maxima of 2x2; has"),
         (replace(TUCKER, dense=replace(DENSE, pool=True)), config_with("two", tile_w1=3, tile_w=7), "has tiles of 4x3"),
         (DENSE, config_with("conv", split=1000), "has split=1000; expected an int from 1 to 256"),
         (DENSE, config_with("conv", deep=9), "has deep=9; expected 0 or 1"),
