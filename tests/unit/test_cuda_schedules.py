@@ -45,7 +45,7 @@ RESNET = [
 POOLED = [
     Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME, pool=True),
     TuckerConvShape(Conv2dShape(1, 28, 28, 128, 128, (3, 3), padding=SAME, pool=True), 96, 64),
-    TuckerConvShape(Conv2dShape(1, 15, 13, 512, 512, (3, 3), padding=SAME, pool=True), 192, 160),
+    TuckerConvShape(Conv2dShape(1, 14, 14, 512, 512, (3, 3), padding=SAME, pool=True), 192, 160),
 ]
 
 
