@@ -567,7 +567,7 @@ class SmallNetwork(torch.nn.Sequential):
         super().__init__(
             conv(3, 16, 8, 8),
             torch.nn.ReLU(),
-            torch.nn.MaxPool2d(2),
+            torch.nn.MaxPool2d(3, 2, 1),
             conv(16, 4, 1, bias=False),
             conv(4, 4, 3, padding=1, bias=False),
             conv(4, 16, 1),
