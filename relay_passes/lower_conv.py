@@ -73,14 +73,16 @@ def read_conv(function: relax.Function) -> ConvOp:
     for conv, tail in zip(convs, tails, strict=True):
         assert conv.kernel is not None, "only convolutions with constant weights are outlined"
         weights.append(ConvWeights(conv.kernel, tail.bias))
-    shape: ConvShape = convs[0].shape
+    pool = tails[-1].pool is not None
     if function.attrs[KIND_ATTR] == TUCKER_CONV:
         first, core, last = (conv.shape for conv in convs)
         dense = Conv2dShape(
             first.batch, first.height, first.width, first.in_channels, last.out_channels,
-            core.kernel, core.stride, core.padding, core.dilation,
+            core.kernel, core.stride, core.padding, core.dilation, pool=pool,
         )  # fmt: skip
-        shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
+        shape: ConvShape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
+    else:
+        shape = replace(convs[0].shape, pool=pool)
     layout = str(convs[0].call.attrs.data_layout)
     head, residual = graph.conv_head(convs[0]), tails[-1].residual
     if head is not None:
@@ -155,7 +157,7 @@ class _Lowerer(relax.PyExprMutator):
             x = self.builder_.emit(relax.call_tir(packer, relax.Tuple([x]), packed))
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
         channels = dense.out_channels if target is None else target.width
-        out = (dense.batch, dense.out_height, dense.out_width, channels)
+        out = (*dense.stored_extents[:3], channels)
         operands = [x, *constants, *residual]
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
         if is_result:

@@ -188,9 +188,10 @@ def conv_launches(op: ConvOp, config: KernelConfig, is_early: bool) -> Iterator[
         # A stride can be longer than the window.
         rows = min(first.height, first.out_height * first.kernel[0])
         columns = min(first.width, first.out_width * first.kernel[1])
-        outputs = last.out_pixels * last.out_channels
-        is_added = op.epilogue.residual and end == len(stages)
-        elements = first.batch * rows * columns * first.in_channels + outputs * (2 if is_added else 1)
+        outputs = math.prod(last.stored_extents)
+        if op.epilogue.residual and end == len(stages):
+            outputs += last.out_pixels * last.out_channels
+        elements = first.batch * rows * columns * first.in_channels + outputs
         # Grouped convolutions have no groups of warps.
         group = dict(config.parameters).get(f"group{number or ''}", 1)
         weight_dtype = UNITS[first.precision, group].weight_dtype

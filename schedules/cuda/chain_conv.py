@@ -145,7 +145,7 @@ def make_kernel(
         x = T.arg("x", T.buffer((first.batch, first.height, columns, in_width), dtype))
         given = {key: T.arg(key, T.buffer((array.size,), str(array.dtype))) for key, array in constants.items()}
         residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
-        out = T.arg("out", T.buffer((*out_shape[:3], out_width), tensors.out_dtype or dtype))
+        out = T.arg("out", T.buffer((*last.stored_extents[:3], out_width), tensors.out_dtype or dtype))
         middle = [T.arg(f"between{i}", T.buffer(extents, dtype)) for i, extents in enumerate(between)]
         outputs, inputs = [*middle, out], [x, *middle]
         at = 0

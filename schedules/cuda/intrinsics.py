@@ -277,6 +277,11 @@ def barrier() -> None:
     T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
 
 
+def larger_of(one: ir.Expr, other: ir.Expr) -> ir.Expr:
+    """The larger of two, or the one that is no number."""
+    return tirx.Select(tirx.any(other > one, tirx.isnan(other)), other, one)
+
+
 def clip(value: ir.Expr, bounds: Epilogue | Prologue) -> ir.Expr:
     """Apply bounds.  A NaN stays one, as in ONNX; CUDA's ``max`` and ``min`` would drop it."""
     # Bound to a name: TVM makes a branch of a selection among expressions that load.

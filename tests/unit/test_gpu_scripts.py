@@ -547,6 +547,13 @@ def test_a_stride_passes_over_pixels():
     assert launch.moved_bytes == 4 * (7 * 7 * 64 + 64 * 128 + 7 * 7 * 128)
 
 
+def test_maxima_are_what_is_written():
+    shape = Conv2dShape(1, 15, 14, 64, 128, (1, 1), pool=True)
+    op = ConvOp("layer", shape, Epilogue(residual=True), (), (0, 1), "NHWC", None)
+    (launch,) = network_floor.conv_launches(op, KernelConfig("conv"), False)
+    assert launch.moved_bytes == 4 * (15 * 14 * 64 + 64 * 128 + 15 * 14 * 128 + 7 * 7 * 128)
+
+
 def test_weights_can_be_stored_in_half():
     shape = Conv2dShape(1, 1, 3, 64, 128, (1, 1), precision="tf32")
     op = ConvOp("layer", shape, Epilogue(), (), (0,), "NHWC", None)
@@ -560,7 +567,7 @@ class SmallNetwork(torch.nn.Sequential):
         super().__init__(
             conv(3, 16, 8, 8),
             torch.nn.ReLU(),
-            torch.nn.MaxPool2d(2),
+            torch.nn.MaxPool2d(3, 2, 1),
             conv(16, 4, 1, bias=False),
             conv(4, 4, 3, padding=1, bias=False),
             conv(4, 16, 1),
