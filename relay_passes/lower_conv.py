@@ -12,12 +12,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
-from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.fuse_pool2d import pool_shape
 from tdc_tvm.relay_passes.graph import RESHAPES, Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, POOL2D, TUCKER_CONV
 from tdc_tvm.schedules import backend
+from tdc_tvm.schedules.cuda.fold_width import Folded
 from tdc_tvm.schedules.cuda.pool import make_kernel as make_pool
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Tensors
@@ -149,12 +149,9 @@ class _Lowerer(relax.PyExprMutator):
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
-        given = (self._cast(args[i], dense.dtype) for i in op.inputs)
-        x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in given)
-        if folded is not None:
-            packed = relax.TensorType((dense.batch, dense.height, folded.columns, folded.pitch), dense.dtype)
-            packer = self.builder_.add_func(folded.packer(), "fold_width")
-            x = self.builder_.emit(relax.call_tir(packer, relax.Tuple([x]), packed))
+        x, *residual = (args[i] for i in op.inputs)
+        residual = [self._given(arg, dense.dtype, is_nchw) for arg in residual]
+        x = self._given(x, dense.dtype, is_nchw) if folded is None else self._fold(x, folded, is_nchw)
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
         channels = dense.out_channels if target is None else target.width
         out = (*dense.stored_extents[:3], channels)
@@ -169,6 +166,23 @@ class _Lowerer(relax.PyExprMutator):
             return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
+
+    def _given(self, value: relax.Expr, dtype: str, is_nchw: bool) -> relax.Expr:
+        """What a kernel reads, channels last."""
+        value = self._cast(value, dtype)
+        return self._permuted(value, _TO_NHWC) if is_nchw else value
+
+    def _fold(self, x: relax.Expr, folded: Folded, is_nchw: bool) -> relax.Var:
+        """Fold the windows of a convolution's input; what was permuted only for it is read as it was."""
+        source = self.builder_.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if isinstance(source, relax.Call) and source.op == _PERMUTE and tuple(map(int, source.attrs.axes)) == _TO_NHWC:
+            x, is_nchw = source.args[0], True
+        dtype = folded.before.dtype
+        kernel = folded.make_kernel(self.device, "fold_width", is_nchw)
+        callee = self.builder_.add_func(kernel.func, "fold_width")
+        packed = relax.TensorType((folded.before.batch, folded.before.height, folded.columns, folded.pitch), dtype)
+        x = x if is_nchw else self._cast(x, dtype)
+        return self.builder_.emit(relax.call_tir(callee, relax.Tuple([x]), packed))
 
     def _lower_pool(self, call: relax.Call, function: relax.Function) -> relax.Expr:
         graph = Graph.of(function)
