@@ -24,6 +24,8 @@ _COPY_CYCLES = 55
 # Of a vector of the input that a prologue prepares: what a thread waits for, and of the processor for each of a warp's
 # elements (measured on an H100: 45 to 60 and 1.8 in FP16, 40 and 2.6 in TF32, 20 and 0.6 in FP32).
 _PREPARE_CYCLES, _PREPARE_RATE = 45, 1.8
+# Of the processor for 128 bytes that maxima are taken of: stored, read and compared (counted, not fitted).
+_MAXIMA_CYCLES = 4
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,7 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
         if i == part.last and part.pools:
-            # What maxima are taken of is stored and read as parts of a depth are.
-            merge = merge + c.merge_cycles + together * part.pooled_words / 32 * c.sum_cycles
+            merge = merge + c.merge_cycles + together * part.pooled_words / 32 * _MAXIMA_CYCLES
         once = c.stage_cycles + part.warps * c.meet_cycles
         stage = once + own + _both(busy - own, waited_for) + merge
         needed = needed + turns * busy
