@@ -162,7 +162,7 @@ def _launches(
     ours, reports = iter(operators), iter(layers)
     for call, function in _calls(mod, with_storage("main")):
         is_early = "tirx.kernel_launch_params" in function.attrs
-        if "tdc.config" not in function.attrs:
+        if function.attrs.get("tdc.config") in (None, "fold"):
             sizes = [_tensor_bytes(arg) for arg in call.args]
             # A strip is written to a tensor that has room for more.
             is_strip = "copy_strip" in call.op.name_hint

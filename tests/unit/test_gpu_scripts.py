@@ -580,7 +580,9 @@ class SmallNetwork(torch.nn.Sequential):
 def test_kernels_and_memory_of_a_network(tmp_path):
     export_onnx(SmallNetwork().eval(), (2, 3, 64, 64), tmp_path / "m.onnx")
     launches, memory = network_floor.analyse(tmp_path / "m.onnx", resolve_target("sm_90"), "fp16")
-    ours = [launch for launch in launches if launch.is_early]
+    fold, *ours = [launch for launch in launches if launch.is_early]
+    assert fold.macs == 0
+    assert fold.moved_bytes >= 2 * 3 * 64 * 64 * (4 + 2)
     macs = [2 * 8 * 8 * 16 * 3 * 64, 0, 2 * 4 * 4 * (64 + 144 + 64), 0, 2 * 160]
     dense = 2 * 4 * 4 * 16 * 16 * 9
     assert [launch.macs for launch in ours if launch.macs not in (macs[2], dense)] == [macs[0], 0, 0, macs[4]]
