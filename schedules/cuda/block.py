@@ -48,6 +48,7 @@ class Buffers:
     residual: tirx.Buffer | None
     prologue: tirx.Buffer | None = None
     out_start: int = 0
+    is_result: bool = False
     weight_scales: Sequence[float] = ()
 
     @property

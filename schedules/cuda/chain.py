@@ -623,12 +623,15 @@ class Chain(Block):
             at = self.place_of(stage + 1, self.input_at[stage + 1], pixel, vector + start // 4) + within
             run(f"tdc_move{min(4, count - start)}", self.place(at), address(words, start))
 
-    def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
-        """FP32 values as the words that are stored, and how many."""
+    def round(self, values: tirx.Buffer, rows: int) -> None:
+        """Round what TF32 multiplies next: tensor cores cut off, so that errors of many layers would add up."""
         if self.part.precision == "tf32":
-            # Tensor cores would cut off what TF32 has no room for; the input, which is read once, is left to them.
             with unrolled(rows) as i:
                 T.buffer_store(values, call("tdc_tf32", values[i], returns="float32"), [i])
+
+    def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
+        """FP32 values as the words that are stored, and how many."""
+        self.round(values, rows)
         if self.unit.dtype == "float32":
             return values, rows
         words = local(rows // 2)
@@ -683,11 +686,13 @@ class Chain(Block):
         """Store neighbouring channels of a pixel to the output."""
         part, out, start = self.part, self.buffers.out, self.buffers.out_start
         if part.out_width % rows:
+            if not self.buffers.is_result:
+                self.round(values, rows)
             with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
                 value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
                 T.buffer_store(out, value, [self.tile.image, y, x, start + channel + row])
             return
-        words, count = (values, rows) if out.dtype == "float32" else self.to_words(values, rows)
+        words, count = (values, rows) if self.buffers.is_result else self.to_words(values, rows)
         for first in range(0, count, 4):
             width = min(4, count - first)
             to = address(out, self.tile.image, y, x, start + channel + first * rows // count)

@@ -161,6 +161,7 @@ def make_kernel(
                 residual if is_last else None,
                 given.get("prologue") if number == 0 else None,
                 tensors.out_start if is_last else 0,
+                is_last and tensors.out_dtype is not None,
                 [weight_scale(weights[i]) for i in stage_numbers],
             )
             chain = Chain(part, epilogue if is_last else Epilogue(), buffers, prologue if number == 0 else None)

@@ -126,7 +126,9 @@ class Folded:
                         inside = tirx.all(pixel >= 0, pixel < width, channel < channels)
                         at = (image, channel, y, pixel) if is_nchw else (image, y, pixel, channel)
                         value = tirx.if_then_else(inside, T.cast(x[at], "float32"), tirx.const(0, "float32"))
-                        T.buffer_store(values, value, [i])
+                        # Tensor cores would cut off what TF32 has no room for.
+                        is_rounded = before.precision == "tf32"
+                        T.buffer_store(values, call("tdc_tf32", value, returns="float32") if is_rounded else value, [i])
                     words = values
                     if before.dtype != "float32":
                         words = local(4)

@@ -153,6 +153,22 @@ def test_activations_stay_as_kernels_store_them(precision, dtype):
     assert types_of(main, "relax.astype") == [dtype, "float32", dtype]
 
 
+def test_activations_are_rounded_to_tf32_not_cut_off(tmp_path):
+    """Cut off in each layer, results of positive numbers would all be too small, by 1.8e-4 a layer."""
+    b = ModelBuilder(seed=8)
+    x = b.input("x", (1, 3, 10, 8))
+    for kernel, channels, size in ((3, 3, 24), (1, 24, 33), (1, 33, 24), (1, 24, 16), (3, 16, 16)):
+        pads = [kernel // 2] * 4
+        values = np.random.default_rng(size).standard_normal((size, channels, kernel, kernel))
+        weight = b.weight(np.abs(values).astype(np.float32))
+        x = b.node("Relu", b.node("Conv", x, weight, kernel_shape=[kernel, kernel], pads=pads))
+    model = b.build(x)
+    image = np.random.default_rng(0).uniform(0.5, 1.5, (1, 3, 10, 8)).astype(np.float32)
+    (expected,) = reference_outputs(model, {"x": image})
+    (have,) = emulated_outputs(model, "tf32", [image], tmp_path)
+    assert abs((have / expected - 1).mean()) < 5e-5
+
+
 def test_tf32_stores_fp32():
     main = graph_of(network(), "tf32")["main"]
     assert types_of(main, "relax.astype") == []
