@@ -72,7 +72,7 @@ class Residuals:
 
     ``primal`` is ``||W - Z||`` and ``dual`` ``rho * ||Z - Z_before||``; the relative ones are these over
     ``max(||W||, ||Z||)`` and ``rho * ||U||`` (``rho * ||Z||`` where U is smaller than W - Z).  ``seconds`` is
-    what the update took, which a GPU measures only up to its last synchronisation.
+    what the update took.
     """
 
     rho: float
@@ -154,6 +154,8 @@ class Admm:
         TdcError
             If the weights are not finite.
         """
+        if self._weights[0].is_cuda:
+            torch.cuda.synchronize(self._weights[0].device)  # so that the time is the update's own
         start = time.perf_counter()
         before = [group.z for group in self._groups]
         for group in self._groups:

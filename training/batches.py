@@ -135,6 +135,8 @@ class MemoryBatches:
         for step in range(start, len(self)):
             share = self.order.share(step)
             chosen = indices[share]
+            if not len(chosen):  # a last batch of fewer images than processes
+                continue
             images = self.images[chosen]
             if self.order.train and self.config.augment != "none":
                 # Drawn for the whole batch, so that an image's draw does not depend on the number of processes.
@@ -238,6 +240,8 @@ class FileBatches:
                 message = corrupt_message(list(failures), len(failures) + len(labels))
                 raise TdcError(f"{message}, in one batch; mend them, or leave them out with skip_corrupt")
             self.skipped |= {failure: failure for failure in failures}
+            if not len(labels) and self.order.train:
+                raise TdcError(f"no image of a batch of {len(failures)} can be read; mend the data set")
             if len(labels):
                 yield (
                     self.normalize(images.to(self.device, non_blocking=cuda)),
@@ -335,9 +339,13 @@ class LoaderBatches:
         for owner in (self.loader, getattr(self.loader, "sampler", None)):
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(number)
-        for step, batch in enumerate(self.loader):
-            if step >= len(self):
-                return
+        source = iter(self.loader)
+        for step in range(len(self)):
+            seed_all(self.seed, number, step)  # for augmentation that the loader does in this process
+            try:
+                batch = next(source)
+            except StopIteration:
+                raise TdcError(f"the loader says it has {len(self)} batches, and ended after {step}") from None
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TdcError(f"the loader gives {type(batch).__name__}; expected (images, labels) as a tuple")
             images, labels = batch

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
+from tdc_tvm.training.checkpoint import load_checkpoint
 from tdc_tvm.training.config import ModelConfig
 from tdc_tvm.training.decompose import apply_plan
 
@@ -69,7 +68,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     TdcError
         If the file cannot be read or is of another model.
     """
-    tensors, _ = read_weights(path)
+    tensors, _ = load_checkpoint(path)
     own = model.state_dict()
     wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
     wrong += [name for name in tensors if name not in own]
@@ -79,24 +78,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
             f"shape, such as {wrong[0]!r}; use the model, class count and plan that it was trained with"
         )
     model.load_state_dict(tensors)
-
-
-def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a ``.safetensors`` file and what it says of its model.
-
-    Raises
-    ------
-    TdcError
-        If the file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get("tdc", "{}"))
-    except (OSError, SafetensorError) as error:
-        raise TdcError(f"cannot read the checkpoint {path}: {error}") from None
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
@@ -114,7 +95,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     TdcError
         If the file cannot be read, or its model is not one of torchvision's.
     """
-    _, info = read_weights(path)
+    _, info = load_checkpoint(path)
     if "model" not in info:
         raise TdcError(
             f"{path} does not say which model it is of; make the model, call tdc_tvm.training.apply_plan and load the "
