@@ -51,7 +51,7 @@ class AdmmConfig:
 
     rho: float = 1e-3
     rho_schedule: str = "geometric"
-    rho_max: float = 0.3
+    rho_max: float = 1.0
     projection_interval: int = 50
     sweeps: int = 1
     absolute_tolerance: float = 1e-6

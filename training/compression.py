@@ -194,12 +194,12 @@ def compress(
             figures["relative_error"] = {layer.name: layer.relative_error for layer in report.decomposed}
             history.decomposition = figures
             if root is not None and accelerator.is_main_process:
-                _write_json(root / "decomposition.json", figures)
+                write_json(root / "decomposition.json", figures)
     title = {"dense": "dense", "scratch": "scratch"}.get(config.method, "finetune")
     result = phase(title, finetune, student)
     history.finished = result.finished
     if root is not None and accelerator.is_main_process:
-        _write_json(root / "history.json", history.to_dict())
+        write_json(root / "history.json", history.to_dict())
     return student.eval(), history
 
 
@@ -237,7 +237,8 @@ def _batches(loader: Any, accelerator: Any, seed: int) -> Batches:
     return LoaderBatches(loader, accelerator.device, seed)
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as JSON, whole or not at all."""
     with write_atomic(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 

@@ -170,7 +170,7 @@ class CompressConfig:
 
     method: str = "admm"
     admm: AdmmConfig = field(default_factory=AdmmConfig)
-    admm_phase: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=20, lr=0.02))
+    admm_phase: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=20, lr=0.02, final_lr=0.1))
     finetune: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=20, lr=0.02, distill_weight=0.5))
     recalibration_batches: int = 50
 

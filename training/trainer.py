@@ -140,7 +140,7 @@ class Trainer:
         state = self._find_state()
         self.finished = state is not None and state[1]["finished"]
         if state is not None:
-            self.model.load_state_dict(part(state[0], "model"))
+            self.model.load_state_dict(state[0] if self.finished else part(state[0], "model"))
         self.teacher = None
         if phase.distill_weight and not self.finished:
             if teacher is None:
@@ -359,6 +359,8 @@ class Trainer:
         if not self.resume:
             raise TdcError(f"{self.folder} holds a run already; continue it with resume, or choose another folder")
         tensors, data = load_checkpoint(path)
+        if data["finished"]:
+            tensors, _ = load_checkpoint(self.folder / "model.safetensors")
         now = json.loads(json.dumps(self.config))
         if data.get("config") != now:
             before = _flat(data.get("config") or {})
@@ -385,10 +387,10 @@ class Trainer:
             self.admm.load_state_dict(part(tensors, "admm"), data["admm"])
 
     def _save_state(self) -> None:
-        """Write ``last.safetensors``: all that the next step depends on."""
+        """Write ``last.safetensors``: all that the next step depends on; ``model.safetensors`` if there is none."""
         if self.folder is None or not self.accelerator.is_main_process:
             return
-        tensors = with_prefix("model", self.model.state_dict())
+        tensors: dict[str, torch.Tensor] = {}
         data: dict[str, Any] = {
             "config": self.config,
             "epoch": self.epoch,
@@ -400,6 +402,7 @@ class Trainer:
             "finished": self.finished,
         }
         if not self.finished:
+            tensors |= with_prefix("model", self.model.state_dict())
             tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
             data["scaler"] = self.scaler.state_dict()
             if self.ema is not None:
