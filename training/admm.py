@@ -4,7 +4,7 @@ Solves ``min loss(W)`` subject to "W has Tucker-2 rank (D1, D2)" by the alternat
 multipliers (Boyd, Parikh, Chu, Peleato and Eckstein, Foundations and Trends in Machine Learning 3(1), 2011, in
 its scaled form; for Tensor-Train ranks Yin et al., CVPR 2021)::
 
-    W  <-  some steps of SGD on  loss(W) + rho / 2 * ||W - Z + U||^2
+    W  <-  some steps of  loss(W) + rho / 2 * ||W - Z + U||^2 : the optimizer's on the loss, proximal ones on the rest
     Z  <-  projection of W + U onto Tucker rank (D1, D2), by HOOI
     U  <-  U + W - Z
 """
@@ -32,8 +32,8 @@ class AdmmConfig:
     Parameters
     ----------
     rho : float
-        Penalty at the start.  A step of SGD with momentum m and learning rate lr moves W by about
-        ``lr * rho / (1 - m)`` of its distance from Z - U; keep ``lr * rho`` below 1.
+        Penalty at the start.  With learning rate lr and momentum m, a step draws W to Z - U by a share of about
+        ``lr * rho / (1 - m)`` of the distance.
     rho_schedule : str
         ``geometric``: rho grows from ``rho`` to ``rho_max`` over the phase, by the same factor at every
         update.  ``balanced``: rho doubles where the relative primal residual is over ten times the dual one
@@ -137,13 +137,20 @@ class Admm:
         self._set_anchors()
 
     @torch.no_grad()
-    def add_gradient_(self) -> None:
-        """Add the penalty's gradient ``rho * (W - Z + U)`` to the weights' gradients, in place."""
-        gradients = [weight.grad for weight in self._weights]
-        if any(gradient is None for gradient in gradients):
-            raise TdcError("a layer of the plan got no gradient; ADMM needs every one of them to be trained")
-        torch._foreach_add_(gradients, self._weights, alpha=self.rho)  # type: ignore[arg-type]
-        torch._foreach_add_(gradients, self._anchors, alpha=-self.rho)  # type: ignore[arg-type]
+    def pull_(self, step_size: float) -> None:
+        """Draw the weights to Z - U, in place, after a step of the optimizer.
+
+        This is the penalty's part of a proximal gradient step, ``W <- (W + c * (Z - U)) / (1 + c)`` with
+        ``c = step_size * rho``: it has the same fixed points as adding the penalty's gradient to the loss's, but no
+        momentum of its own, which would swing with U's updates, and is stable for every rho.
+
+        Parameters
+        ----------
+        step_size : float
+            How far the optimizer moves a weight per unit of gradient: ``lr / (1 - momentum)`` for SGD.
+        """
+        c = step_size * self.rho
+        torch._foreach_lerp_(self._weights, self._anchors, c / (1 + c))
 
     @torch.no_grad()
     def update(self) -> Residuals:

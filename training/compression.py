@@ -21,7 +21,7 @@ from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import evaluate, recalibrate
 from tdc_tvm.training.hooi import decompose_kernels
 from tdc_tvm.training.inputs import check_model, copy_model
-from tdc_tvm.training.trainer import PhaseResult, Trainer, make_accelerator
+from tdc_tvm.training.trainer import PhaseResult, Trainer, broadcast, make_accelerator
 
 Plan = DecompositionPlan | Mapping[str, tuple[int, int]] | str | os.PathLike
 
@@ -188,8 +188,7 @@ def compress(
             figures |= scores(student, "decomposed")
             recalibrate(student, batches, config.recalibration_batches)
             if accelerator.num_processes > 1:
-                for value in (*student.parameters(), *student.buffers()):
-                    torch.distributed.broadcast(value.data, 0)
+                broadcast([*student.parameters(), *student.buffers()])
             figures |= scores(student, "recalibrated")
             figures["relative_error"] = {layer.name: layer.relative_error for layer in report.decomposed}
             history.decomposition = figures

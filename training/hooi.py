@@ -64,7 +64,8 @@ def hooi(
         out = _leading(_multiply(in_.mT, swapped).transpose(1, 2), rank_out, None if start is None else out)
         in_ = _leading(_multiply(out.mT, kernels).transpose(1, 2), rank_in, None if start is None else in_)
     core = _multiply(in_.mT, _multiply(out.mT, kernels).transpose(1, 2)).transpose(1, 2)
-    return core, Factors(out, in_)
+    # Contiguous: products with the columns of a QR in LAPACK's order round otherwise than with a reloaded copy.
+    return core, Factors(out.contiguous(), in_.contiguous())
 
 
 def compose(core: torch.Tensor, factors: Factors) -> torch.Tensor:

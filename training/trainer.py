@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,7 +159,8 @@ class Trainer:
             ranks, config = admm
             weights = {name: model.get_submodule(name).weight for name in ranks}
             updates = self.total // config.projection_interval
-            self.admm = Admm(weights, ranks, config, updates, _broadcast(accelerator))  # type: ignore[arg-type]
+            share = broadcast if accelerator.num_processes > 1 else None
+            self.admm = Admm(weights, ranks, config, updates, share)  # type: ignore[arg-type]
         if state is not None:
             self._restore(*state)
         if phase.mixup and self.batches.classes is None:
@@ -211,6 +212,7 @@ class Trainer:
                 return False
             begin = time.monotonic()
             self._train_epoch(model, log, progress)
+            self._share_buffers()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             record = self._record(time.monotonic() - begin)
@@ -251,12 +253,18 @@ class Trainer:
                 log.scalars({"lr": rate, "loss_so_far": mean}, number + 1)
             every = self.run.checkpoint_steps
             if every and (step + 1) % every == 0 and step + 1 < self.steps:
-                self._check_loss(number)
+                self._check_loss(number, weights=True)
                 self.step = step + 1
                 self._save_state()
-        self._check_loss((self.epoch + 1) * self.steps - 1)
+        self._check_loss((self.epoch + 1) * self.steps - 1, weights=True)
         if self.admm is not None and not self.admm.done and self.epoch + 1 == self.phase.epochs:
             self.admm.update()  # a phase shorter than the interval still says how far it came
+
+    def _share_buffers(self) -> None:
+        """Give all processes the first one's statistics of batch normalisation, as they have its weights."""
+        if self.accelerator.num_processes > 1:
+            for net in (self.model, self.ema):
+                broadcast([] if net is None else list(net.buffers()))
 
     def _train_step(self, model: nn.Module, batch: Batch, first: bool) -> None:
         images, labels = batch
@@ -284,10 +292,11 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if phase.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), phase.clip_norm)
-        if self.admm is not None:
-            self.admm.add_gradient_()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.admm is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.admm.pull_(rate / (1 - phase.momentum) if phase.optimizer == "sgd" else rate)
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
             count = torch.full_like(right, len(labels))
@@ -321,15 +330,20 @@ class Trainer:
         enabled = self.run.precision != "fp32"
         return torch.autocast(self.device.type, DTYPES[self.run.precision] if enabled else None, enabled=enabled)
 
-    def _check_loss(self, number: int) -> float:
-        loss, _, count = self.sums.tolist()
-        if not math.isfinite(loss):
+    def _check_loss(self, number: int, weights: bool = False) -> float:
+        """Stop if the loss, or a weight that is about to be saved, is not finite; all processes do."""
+        loss, _, count = self.accelerator.reduce(self.sums.clone(), "sum").tolist()  # type: ignore[union-attr]
+        culprit = None if math.isfinite(loss) else f"the loss became {loss}"
+        if culprit is None and weights:
+            norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+            culprit = None if bool(torch.stack(norms).isfinite().all()) else "weights became NaN or infinite"
+        if culprit is not None:
             kept = "there is no checkpoint"
             if self.folder is not None and (self.folder / "last.safetensors").is_file():
                 kept = f"the last good checkpoint is {self.folder / 'last.safetensors'}"
             raise TdcError(
-                f"the loss became {loss} by step {number % self.steps + 1} of epoch {self.epoch + 1} ({self.title}); "
-                f"{kept}; lower lr or rho_max, set clip_norm, or train in another precision"
+                f"{culprit} by step {number % self.steps + 1} of epoch {self.epoch + 1} ({self.title}); "
+                f"{kept}; lower lr, set clip_norm, or train in another precision"
             )
         return loss / max(count, 1)
 
@@ -348,7 +362,7 @@ class Trainer:
             return False
         late = torch.tensor(float(time.monotonic() + epoch_seconds > self.deadline), device=self.device)
         if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast(late, 0)
+            broadcast([late])
         return bool(late.item())
 
     def _find_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -375,7 +389,8 @@ class Trainer:
         self.epoch, self.step = data["epoch"], data["step"]
         self.history, self.best = data["history"], data["best"]
         self.stopped_early = data["stopped_early"]
-        self.sums.copy_(torch.tensor(data["sums"], dtype=torch.float64))
+        if self.accelerator.is_main_process:
+            self.sums.copy_(torch.tensor(data["sums"], dtype=torch.float64))
         if self.finished:
             return
         load_optimizer(self.optimizer, part(tensors, "optimizer"))
@@ -387,7 +402,8 @@ class Trainer:
             self.admm.load_state_dict(part(tensors, "admm"), data["admm"])
 
     def _save_state(self) -> None:
-        """Write ``last.safetensors``: all that the next step depends on; ``model.safetensors`` if there is none."""
+        """Write ``last.safetensors``: all that the next step depends on; a finished phase has ``model.safetensors``."""
+        sums = self.accelerator.reduce(self.sums.clone(), "sum").tolist()  # type: ignore[union-attr]
         if self.folder is None or not self.accelerator.is_main_process:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -395,7 +411,7 @@ class Trainer:
             "config": self.config,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums.tolist(),
+            "sums": sums,
             "history": self.history,
             "best": self.best,
             "stopped_early": self.stopped_early,
@@ -470,15 +486,10 @@ def _optimizer(model: nn.Module, phase: PhaseConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0)
 
 
-def _broadcast(accelerator: Accelerator) -> Callable[[list[torch.Tensor]], None] | None:
-    if accelerator.num_processes == 1:
-        return None
-
-    def broadcast(tensors: list[torch.Tensor]) -> None:
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0)
-
-    return broadcast
+def broadcast(tensors: list[torch.Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor.data, 0)
 
 
 @contextmanager

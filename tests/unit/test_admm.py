@@ -75,28 +75,25 @@ def weights_and_admm(config, updates=40, dtype=torch.float32):
     return weights, Admm(weights, ranks, config, updates)
 
 
-def test_the_gradient_is_that_of_the_penalty():
+def test_a_pull_is_the_proximal_step_of_the_penalty():
     weights, admm = weights_and_admm(AdmmConfig(rho=0.7, rho_schedule="constant"), dtype=torch.float64)
     for weight in weights.values():
         weight.data += 0.1
     admm.update()
     tensors, _ = admm.state_dict()
-    anchors = {"a": (0, 0), "b": (0, 1), "c": (1, 0)}
-    loss = sum(weight.square().sum() for weight in weights.values())
-    penalty = 0.0
-    for name, (group, index) in anchors.items():
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    admm.pull_(0.3)
+    # Minimises 0.5 * ||W - W_before||^2 + 0.3 * 0.7 / 2 * ||W - Z + U||^2: the gradient vanishes.
+    for name, (group, index) in {"a": (0, 0), "b": (0, 1), "c": (1, 0)}.items():
         z, u = tensors[f"{group}.z"][index], tensors[f"{group}.u"][index]
-        penalty = penalty + 0.35 * (weights[name] - z + u).square().sum()
-    expected = torch.autograd.grad(loss + penalty, list(weights.values()))
-    sum(weight.square().sum() for weight in weights.values()).backward()
-    admm.add_gradient_()
-    for weight, gradient in zip(weights.values(), expected, strict=True):
-        torch.testing.assert_close(weight.grad, gradient)
+        w = weights[name].detach()
+        torch.testing.assert_close(w - before[name], -0.3 * 0.7 * (w - z + u))
+        assert not torch.equal(w, before[name])
 
 
 def test_admm_reaches_low_rank_near_the_optimum():
     """A least-squares loss, whose best weights of low rank are known: the projection of the target."""
-    weights, admm = weights_and_admm(AdmmConfig(rho=0.05, rho_max=5.0), updates=60)
+    weights, admm = weights_and_admm(AdmmConfig(rho=0.05, rho_max=5.0, relative_tolerance=0.02), updates=60)
     targets = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.SGD(weights.values(), lr=0.3)
     residuals = []
@@ -104,8 +101,8 @@ def test_admm_reaches_low_rank_near_the_optimum():
         for _ in range(10):
             optimizer.zero_grad()
             (0.5 * sum((weights[name] - targets[name]).square().sum() for name in weights)).backward()
-            admm.add_gradient_()
             optimizer.step()
+            admm.pull_(0.3)
         residuals.append(admm.update())
     assert residuals[-1].primal_relative < 1e-2 < residuals[0].primal_relative
     assert residuals[-1].rho == pytest.approx(5.0, rel=0.1)
@@ -133,17 +130,16 @@ def test_the_state_continues_bit_for_bit():
     def steps(weights, admm, count):
         for _ in range(count):
             for weight in weights.values():
-                weight.grad = weight.detach() * 0.1
-            admm.add_gradient_()
-            for weight in weights.values():
-                weight.data -= 0.1 * weight.grad
+                weight.data *= 0.99
+            admm.pull_(0.1)
             admm.update()
 
     torch.manual_seed(1)
     weights, admm = weights_and_admm(AdmmConfig())
     steps(weights, admm, 3)
     tensors, data = admm.state_dict()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    # As a file gives them back: in the default memory format.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     copies = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
     steps(weights, admm, 4)
     _, other = weights_and_admm(AdmmConfig())
@@ -161,7 +157,6 @@ def test_the_state_continues_bit_for_bit():
         (lambda: AdmmConfig(rho=2.0), "expected 0 < rho <= rho_max"),
         (lambda: AdmmConfig(projection_interval=0), "at least 1"),
         (lambda: Admm({}, {}, AdmmConfig(), 1), "names no layers"),
-        (lambda: weights_and_admm(AdmmConfig())[1].add_gradient_(), "got no gradient"),
     ],
 )
 def test_mistakes(call, message):
