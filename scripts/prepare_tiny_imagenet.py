@@ -13,6 +13,7 @@ import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def read_packed(path: Path, classes: int) -> tuple[list[bytes], np.ndarray]:
         raise TdcError(f"{path} is not consistent: {len(label)} labels, {len(offset)} offsets up to {offset[-1]}")
     if len(label) and not 0 <= label.min() <= label.max() < classes:
         raise TdcError(f"{path} has labels from {label.min()} to {label.max()}; wnids.txt names {classes} classes")
-    return [data[a:b].tobytes() for a, b in zip(offset[:-1], offset[1:], strict=True)], label
+    return [data[a:b].tobytes() for a, b in pairwise(offset)], label
 
 
 def write_folders(files: list[bytes], labels: np.ndarray, classes: list[str], root: Path, part: str) -> None:

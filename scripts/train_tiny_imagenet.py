@@ -162,9 +162,7 @@ def run(args: argparse.Namespace) -> None:
                 return say(f"time is up before {method}, seed {seed}; the same command continues")
             options = for_method(config, method, seed)
             folder = args.output / f"seed{seed}" / method
-            _, history, result = compress_run(
-                options, model, plan, folder, resume=True, deadline=deadline, data=data
-            )
+            _, history, result = compress_run(options, model, plan, folder, resume=True, deadline=deadline, data=data)
             if not history.finished:
                 return say(f"time is up in {method}, seed {seed}; the same command continues")
             write({**common, **result, "epochs": history.epochs})
@@ -185,8 +183,11 @@ def report(args: argparse.Namespace) -> None:
             if not chosen:
                 continue
             top1 = [100 * line["scores"][part]["top1"] for line in chosen]
-            pairs = [100 * (line["scores"][part]["top1"] - reference[line["seed"]]) for line in chosen
-                     if line["seed"] in reference]
+            pairs = [
+                100 * (line["scores"][part]["top1"] - reference[line["seed"]])
+                for line in chosen
+                if line["seed"] in reference
+            ]
             macs = chosen[0].get("macs")
             phase = "admm" if method == "admm" else None
             seconds = [e["train_seconds"] for line in chosen for e in line["epochs"] if phase in (None, e["phase"])]

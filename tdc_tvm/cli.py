@@ -153,7 +153,9 @@ def compress(
         cli_training.compress_trained(model, ranks, output, config, method, settings, resume, budget, as_json)
         return
     if wrong := [name for name, value in of_training.items() if value is not None] + ["--resume"] * resume:
-        raise TdcError(f"{', '.join(wrong)} is for what 'tdc train' wrote; an ONNX model is only decomposed: leave it out")
+        raise TdcError(
+            f"{', '.join(wrong)} is for what 'tdc train' wrote; an ONNX model is only decomposed: leave it out"
+        )
     import onnx
 
     from tdc_tvm.files import check_output, write_atomic

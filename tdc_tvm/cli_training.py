@@ -81,9 +81,9 @@ def train(
         "run.precision": precision,
     }
     resolved = _config(config, output if resume else None, values, settings)
-    from tdc_tvm.training import runs
+    from tdc_tvm.training.runs import train as train_run
 
-    _, result = runs.train(resolved, output, resume=resume, deadline=_deadline(budget))
+    _, result = train_run(resolved, output, resume=resume, deadline=_deadline(budget))
     last = result.history[-1] if result.history else {}
     _print(
         last | {"finished": result.finished, "output": str(output)},
@@ -107,18 +107,19 @@ def compress_trained(
     weights = source / "model.safetensors" if source.is_dir() else source
     beside = _config_of(weights)
     resolved = _config(config or beside, output if resume else None, {"compress.method": method}, settings)
-    from tdc_tvm.training import runs
     from tdc_tvm.training.models import load_model
+    from tdc_tvm.training.runs import compress_run
 
     if output.resolve() in (source.resolve(), weights.parent.resolve()):
         raise TdcError(f"cannot write to {output}: the trained network lies there; choose another folder")
     model, info = load_model(weights)
     if info.get("plan"):
         raise TdcError(f"{weights} is compressed already; give the dense network that it was made from")
-    resolved = replace(resolved, model=replace(resolved.model, **{k: info["model"][k] for k in ("name", "small_images")}))
-    _, history, result = runs.compress_run(
-        resolved, model, ranks, output, resume=resume, deadline=_deadline(budget)
+    trained = info["model"]
+    resolved = replace(
+        resolved, model=replace(resolved.model, name=trained["name"], small_images=trained["small_images"])
     )
+    _, history, result = compress_run(resolved, model, ranks, output, resume=resume, deadline=_deadline(budget))
     if not history.finished:
         _print({"finished": False, "output": str(output)}, as_json, _UNFINISHED)
         return
@@ -159,9 +160,9 @@ def evaluate(
         "data.skip_corrupt": skip_corrupt or None,
     }
     resolved = _config(config or _config_of(path), None, values, settings)
-    from tdc_tvm.training import runs
+    from tdc_tvm.training.runs import evaluate_file
 
-    scores = runs.evaluate_file(path, resolved.data, resolved.run)
+    scores = evaluate_file(path, resolved.data, resolved.run)
     if as_json:
         _print({name: score.to_dict() for name, score in scores.items()} | {"model": str(path)}, True, "")
         return
@@ -172,9 +173,7 @@ def evaluate(
 _UNFINISHED = "time is up; the same command with --resume continues"
 
 
-def _config(
-    path: Path | None, resumed: Path | None, values: dict[str, Any], settings: list[str] | None
-) -> Config:
+def _config(path: Path | None, resumed: Path | None, values: dict[str, Any], settings: list[str] | None) -> Config:
     """The configuration: a file's (or the resumed run's), with the values that the command line gives."""
     _require_training()
     import yaml

@@ -150,7 +150,7 @@ class Admm:
             How far the optimizer moves a weight per unit of gradient: ``lr / (1 - momentum)`` for SGD.
         """
         c = step_size * self.rho
-        torch._foreach_lerp_(self._weights, self._anchors, c / (1 + c))
+        torch._foreach_lerp_(self._weights, self._anchors, c / (1 + c))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def update(self) -> Residuals:
@@ -199,7 +199,7 @@ class Admm:
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that the next step depends on: tensors by name, and plain data."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for index, group in enumerate(self._groups):
             parts = {"z": group.z, "u": group.u, "out": group.factors.out, "in": group.factors.in_}
             tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}

@@ -95,7 +95,7 @@ class _Order:
         return torch.randperm(self.count, generator=generator)
 
     def share(self, step: int) -> slice:
-        """This process's part of a step's batch, as positions in the epoch's order."""
+        """The part of a step's batch that this process has, as positions in the epoch's order."""
         begin, end = step * self.size, min((step + 1) * self.size, self.count)
         first = begin + (end - begin) * self.rank // self.world
         return slice(first, begin + (end - begin) * (self.rank + 1) // self.world)
@@ -320,7 +320,9 @@ class LoaderBatches:
         try:
             self.steps = len(loader)  # type: ignore[arg-type]
         except TypeError:
-            raise TdcError("a loader needs a length: the number of its batches; wrap it in a class that has one") from None
+            raise TdcError(
+                "a loader needs a length: the number of its batches; wrap it in a class that has one"
+            ) from None
         if not self.steps:
             raise TdcError("the loader has no batches")
 
@@ -337,8 +339,9 @@ class LoaderBatches:
         """
         seed_all(self.seed, number)
         for owner in (self.loader, getattr(self.loader, "sampler", None)):
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(number)
+            set_epoch = getattr(owner, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(number)
         source = iter(self.loader)
         for step in range(len(self)):
             seed_all(self.seed, number, step)  # for augmentation that the loader does in this process

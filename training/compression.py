@@ -132,7 +132,7 @@ def compress(
     history = History(config.method)
     student = copy_model(model)
     finetune = config.finetune
-    if config.method != "dense" and finetune.distill_weight or config.admm_phase.distill_weight:
+    if (config.method != "dense" and finetune.distill_weight) or config.admm_phase.distill_weight:
         teacher = copy_model(model if teacher is None else teacher)
 
     def phase(title: str, options: PhaseConfig, net: nn.Module, **more: Any) -> PhaseResult:
@@ -179,7 +179,9 @@ def compress(
             student.to(accelerator.device)
 
             def scores(net: nn.Module, when: str) -> dict[str, float]:
-                found = {n: evaluate(net, p, precision=run.precision, accelerator=accelerator) for n, p in parts.items()}
+                found = {
+                    n: evaluate(net, p, precision=run.precision, accelerator=accelerator) for n, p in parts.items()
+                }
                 return {f"{name}_top1_{when}": score.top1 for name, score in found.items()}
 
             figures: dict[str, Any] = scores(student, "before")

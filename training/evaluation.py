@@ -91,9 +91,10 @@ def evaluate_onnx(path: str | os.PathLike, batches: Batches) -> Score:
     fixed = value.shape[0] if isinstance(value.shape[0], int) else None
     sums = torch.zeros(4, dtype=torch.float64)
     for images, labels in batches.epoch(0):
-        # A model of a fixed batch gets batches filled up with copies.
-        for part, truth in zip(images.split(fixed or len(images)), labels.split(fixed or len(images)), strict=True):
-            whole = part if fixed is None or len(part) == fixed else torch.cat([part, part[:1].expand(fixed - len(part), -1, -1, -1)])
+        size = fixed or len(images)
+        for part, truth in zip(images.split(size), labels.split(size), strict=True):
+            # A model of a fixed batch gets the last one filled up with copies.
+            whole = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)]) if fixed else part
             try:
                 (output, *_) = session.run(None, {value.name: whole.contiguous().numpy()})
             except Exception as error:

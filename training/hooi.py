@@ -7,7 +7,6 @@ kernels in PyTorch, in their own precision, and can start from the factors of th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -90,12 +89,15 @@ def decompose_kernels(model: nn.Module, plan: DecompositionPlan, sweeps: int = 1
         If a kernel is not finite.
     """
     groups: dict[tuple[torch.Size, Ranks], list[str]] = defaultdict(list)
-    weights = {name: model.get_submodule(name).weight.detach() for name in plan.layers}
+    weights: dict[str, torch.Tensor] = {
+        name: model.get_submodule(name).weight.detach()  # type: ignore[operator]
+        for name in plan.layers
+    }
     for name, ranks in plan.layers.items():
-        groups[weights[name].shape, ranks].append(name)  # type: ignore[index, arg-type]
+        groups[weights[name].shape, ranks].append(name)
     factors: dict[str, TuckerFactors] = {}
     for (_, ranks), names in groups.items():
-        kernels = torch.stack([weights[name].double() for name in names])  # type: ignore[operator]
+        kernels = torch.stack([weights[name].double() for name in names])
         finite = kernels.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise TdcError(
@@ -105,7 +107,7 @@ def decompose_kernels(model: nn.Module, plan: DecompositionPlan, sweeps: int = 1
         errors = relative_errors(kernels, compose(core, basis)).tolist()
         dtype = weights[names[0]].dtype
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        stages = [t.to("cpu", dtype).contiguous().numpy() for t in (basis.in_.mT, core, basis.out)]  # type: ignore[arg-type]
+        stages = [t.to("cpu", dtype).contiguous().numpy() for t in (basis.in_.mT, core, basis.out)]
         for index, name in enumerate(names):
             u_in, kernel, u_out = (stage[index] for stage in stages)
             factors[name] = TuckerFactors(u_in[:, :, None, None], kernel, u_out[:, :, None, None], errors[index])

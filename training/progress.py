@@ -37,7 +37,13 @@ class Progress:
         if show and sys.stderr.isatty():
             try:
                 from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+                from rich.progress import (
+                    BarColumn,
+                    MofNCompleteColumn,
+                    TextColumn,
+                    TimeElapsedColumn,
+                    TimeRemainingColumn,
+                )
                 from rich.progress import Progress as Bar
             except ModuleNotFoundError:
                 return
@@ -64,7 +70,9 @@ class Progress:
         """Show an epoch's figures."""
         if not self.show:
             return
-        figures = ", ".join(f"{key} {_text(value)}" for key, value in record.items() if key in _SHOWN and value is not None)
+        figures = ", ".join(
+            f"{key} {_text(value)}" for key, value in record.items() if key in _SHOWN and value is not None
+        )
         self.say(f"{self.title} {record['epoch']}/{epochs}: {figures}{self._left()}")
 
     def say(self, text: str) -> None:
@@ -86,7 +94,16 @@ class Progress:
         return f", {timedelta(seconds=round(seconds))} left"
 
 
-_SHOWN = ("train_loss", "train_top1", "holdout_top1", "val_top1", "primal_relative", "dual_relative", "rho", "train_seconds")
+_SHOWN = (
+    "train_loss",
+    "train_top1",
+    "holdout_top1",
+    "val_top1",
+    "primal_relative",
+    "dual_relative",
+    "rho",
+    "train_seconds",
+)
 
 
 def _text(value: Any) -> str:

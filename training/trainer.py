@@ -135,8 +135,8 @@ class Trainer:
             "admm": None if admm is None else {"ranks": {k: list(v) for k, v in admm[0].items()}, **asdict(admm[1])},
             **{key: getattr(run, key) for key in ("seed", "precision", "channels_last", "compile", "deterministic")},
         }
-        self.memory_format = torch.channels_last if run.channels_last else torch.preserve_format
-        self.model.to(self.device, memory_format=self.memory_format)
+        self.memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+        self.model.to(self.device).to(memory_format=self.memory_format)
         state = self._find_state()
         self.finished = state is not None and state[1]["finished"]
         if state is not None:
@@ -145,7 +145,7 @@ class Trainer:
         if phase.distill_weight and not self.finished:
             if teacher is None:
                 raise TdcError("distill_weight needs a teacher; give one, or set distill_weight to 0")
-            self.teacher = teacher.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
+            self.teacher = teacher.to(self.device).to(memory_format=self.memory_format).eval().requires_grad_(False)
         self.optimizer = _optimizer(model, phase)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         self.ema: Any = None
@@ -284,9 +284,7 @@ class Trainer:
         if self.teacher is not None:
             with torch.no_grad(), self._autocast():
                 expected = self.teacher(images).float()
-            loss = torch.lerp(
-                loss, distillation(logits, expected, phase.distill_temperature), phase.distill_weight
-            )
+            loss = torch.lerp(loss, distillation(logits, expected, phase.distill_temperature), phase.distill_weight)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -514,7 +512,7 @@ def _determinism(enabled: bool, device: torch.device) -> Iterator[None]:
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested data as ``outer.inner`` keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")

@@ -113,7 +113,10 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
         (("train", "-o", "{folder}/x", "--set", "epochs"), "expected KEY=VALUE"),
         (("train", "-o", "{folder}/x", "-c", "{folder}/none.yaml"), "cannot read the configuration"),
         (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "cannot read the checkpoint"),
-        (("compress", "a.onnx", "-r", "8,8", "-o", "b.onnx", "--method", "admm"), "--method is for what 'tdc train' wrote"),
+        (
+            ("compress", "a.onnx", "-r", "8,8", "-o", "b.onnx", "--method", "admm"),
+            "--method is for what 'tdc train' wrote",
+        ),
         (("evaluate", "{folder}/none.onnx"), "there is no model"),
     ],
 )
@@ -164,7 +167,7 @@ def test_packed_images_become_folders_and_arrays(packed, tmp_path):
     file = dict(np.load(packed / "val.npz"))
     file["jpeg"] = file["jpeg"][:-1]
     np.savez(packed / "val.npz", **file)
-    with pytest.raises(SystemExit, match="val.npz is not consistent"):
+    with pytest.raises(SystemExit, match=r"val\.npz is not consistent"):
         script.main([str(packed), str(tmp_path / "broken")])
 
 

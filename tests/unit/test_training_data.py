@@ -196,10 +196,11 @@ def test_cifar_and_fashion_mnist(tmp_path, config, monkeypatch):
     assert dataset.train.images.shape == (6, 28, 28, 1)
     assert (dataset.channels, len(dataset.classes), dataset.val.labels.tolist()) == (1, 10, [0, 1, 2, 3])
     (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(b"broken")
-    with pytest.raises(TdcError, match="cannot read .*t10k-labels"):
+    with pytest.raises(TdcError, match=r"cannot read .*t10k-labels"):
         read_dataset(config("fashion-mnist", raw))
     with pytest.raises(TdcError, match=r"expected cifar10 in"):
         read_dataset(config("cifar10", tmp_path))
+
     class Packed:
         def __init__(self, root, train, download):
             count = 5 if train else 2
@@ -229,7 +230,7 @@ def test_incomplete_tiny_imagenet(tiny, config, change, message):
 
 def test_parts_with_other_classes(folder, config):
     os.rename(folder / "val" / "dog", folder / "val" / "wolf")
-    with pytest.raises(TdcError, match="class count mismatch: .*only in train: dog; only in val: wolf"):
+    with pytest.raises(TdcError, match=r"class count mismatch: .*only in train: dog; only in val: wolf"):
         read_dataset(config("imagefolder", folder))
 
 
@@ -246,9 +247,13 @@ def test_parts_with_other_classes(folder, config):
 )
 def test_mistakes_in_the_configuration(folder, config, options, message):
     chosen = config(**({"name": "imagefolder", "root": folder} | options))
-    with pytest.raises(TdcError, match=message):
+
+    def read():
         dataset = read_dataset(chosen)
-        make_batches(dataset.train, dataset, chosen, train=True)
+        return make_batches(dataset.train, dataset, chosen, train=True)
+
+    with pytest.raises(TdcError, match=message):
+        read()
 
 
 def test_arrays_that_are_none(tmp_path):

@@ -68,9 +68,10 @@ accelerator.wait_for_everyone()
 resumed, again = once("parts", resume=True)
 shard = [label for _, labels in train.epoch(5) for label in labels.tolist()]
 out = {{
-    "world": world, "model": digest(model), "resumed": digest(resumed), "stopped": stopped, "epochs": len(history.epochs),
+    "world": world, "stopped": stopped, "model": digest(model), "resumed": digest(resumed), "shard": shard,
+    "epochs": len(history.epochs), "seen": sum(len(y) for _, y in val.epoch(0)),
     "losses": [[epoch["train_loss"] for epoch in h.epochs] for h in (history, again)],
-    "val": [epoch["val_top1"] for epoch in history.epochs], "shard": shard, "seen": sum(len(y) for _, y in val.epoch(0)),
+    "val": [epoch["val_top1"] for epoch in history.epochs],
 }}
 (root / f"rank{{rank}}.json").write_text(json.dumps(out))
 """
