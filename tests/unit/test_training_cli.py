@@ -20,7 +20,7 @@ from tdc_tvm.training.data import Arrays, load_arrays, save_arrays
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 data: {name: arrays, batch_size: 16, eval_batch_size: 40, holdout: 8}
-model: {name: resnet18, small_images: true}
+model: {name: squeezenet1_1}
 train: {epochs: 1, lr: 0.02}
 compress:
   admm: {projection_interval: 1}
@@ -29,17 +29,17 @@ compress:
   recalibration_batches: 1
 run: {device: cpu, tensorboard: false}
 """
-PLAN = DecompositionPlan({"layer1.0.conv1": (16, 16), "layer4.1.conv2": (64, 96)})
+PLAN = DecompositionPlan({"features.3.expand3x3": (16, 8), "features.12.expand3x3": (64, 32)})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A configuration, a plan and a data set of 10 x 10 pixels."""
+    """A configuration, a plan and a data set of 32 x 32 pixels."""
     root = tmp_path_factory.mktemp("cli")
     rng = np.random.default_rng(0)
     for part, count in (("train", 40), ("val", 20)):
         labels = np.arange(count) % 4
-        images = (rng.integers(0, 100, (count, 10, 10, 3)) + 40 * labels[:, None, None, None]).astype(np.uint8)
+        images = (rng.integers(0, 100, (count, 32, 32, 3)) + 40 * labels[:, None, None, None]).astype(np.uint8)
         save_arrays(root / f"{part}.npz", Arrays(images, labels), "abcd")
     (root / "config.yaml").write_text(CONFIG)
     PLAN.save(root / "plan.json")
@@ -63,7 +63,7 @@ def test_train_compress_evaluate(folder):
     text = call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense, "--resume", "--json")
     assert json.loads(text)["finished"] is True
     call("train", "-c", folder / "config.yaml", "--root", folder, "-o", dense, error="holds a run already")
-    call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 8 layer(s) that the model does not")
+    call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 16 layer(s) that the model does not")
     call("compress", dense, "-r", folder / "plan.json", "-o", dense, error="the trained network lies there")
     result = json.loads(call("compress", dense, "-r", folder / "plan.json", "-o", tucker, "--json"))
     assert result["macs"][1] < result["macs"][0]
@@ -74,7 +74,7 @@ def test_train_compress_evaluate(folder):
     proto = onnx.load(tucker / "model.onnx")
     properties = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
     assert properties["tdc.plan"]["layers"] == PLAN.to_dict()["layers"]
-    assert properties["tdc.input"]["image_size"] == 10
+    assert properties["tdc.input"]["image_size"] == 32
     scores = [
         json.loads(call("evaluate", path, "--json"))
         for path in (tucker / "finetune" / "model.safetensors", tucker / "model.onnx")
