@@ -64,6 +64,20 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     return tensors, data
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises
+    ------
+    TdcError
+        If it cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise TdcError(f"cannot make the folder {path}: {error.strerror}; choose another one") from None
+
+
 def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with ``prefix.``, without it."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}

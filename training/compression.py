@@ -16,6 +16,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.plan import DecompositionPlan, parse_ranks
 from tdc_tvm.training.batches import Batches, LoaderBatches, seed_all
+from tdc_tvm.training.checkpoint import make_folder
 from tdc_tvm.training.config import CompressConfig, PhaseConfig, RunConfig
 from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import evaluate, recalibrate
@@ -127,7 +128,7 @@ def compress(
     parts = {name: _batches(part, accelerator, run.seed) for name, part in given.items() if part is not None}
     root = None if folder is None else Path(folder)
     if root is not None and accelerator.is_main_process:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         spec.save(root / "plan.json")
     history = History(config.method)
     student = copy_model(model)

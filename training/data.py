@@ -14,6 +14,7 @@ import numpy as np
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
+from tdc_tvm.training.checkpoint import make_folder
 from tdc_tvm.training.config import DataConfig
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
@@ -269,10 +270,7 @@ def _in_memory(split: Split, size: int, config: DataConfig, name: str) -> tuple[
         if found == fingerprint:
             return arrays, notes
     arrays, skipped = decode(split, size, skip_corrupt=config.skip_corrupt, workers=config.workers)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TdcError(f"cannot make the folder {folder} for decoded images: {error.strerror}; set cache") from None
+    make_folder(folder)
     save_arrays(path, arrays, skipped, fingerprint)
     return arrays, skipped
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 
 
@@ -143,8 +144,12 @@ class Log:
     def epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Add an epoch."""
         if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(_line(record))
+            path = self.folder / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(_line(record))
+            except OSError as error:
+                raise TdcError(f"cannot write {path}: {error.strerror}; mend that and resume") from None
         self.scalars(record, step)
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.training.batches import Batches, make_batches, seed_all
+from tdc_tvm.training.checkpoint import make_folder
 from tdc_tvm.training.compression import History, compress, resolve_plan, write_json
 from tdc_tvm.training.config import Config, DataConfig, RunConfig, save_config
 from tdc_tvm.training.data import Dataset, read_dataset
@@ -285,5 +286,5 @@ def _onnx_input(path: str | os.PathLike) -> dict[str, Any]:
 
 def _write_config(config: Config, folder: str | os.PathLike, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         save_config(config, Path(folder) / "config.yaml")

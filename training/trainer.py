@@ -23,6 +23,7 @@ from tdc_tvm.training.batches import Batch, Batches, seed_all
 from tdc_tvm.training.checkpoint import (
     load_checkpoint,
     load_optimizer,
+    make_folder,
     optimizer_tensors,
     part,
     save_checkpoint,
@@ -129,6 +130,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right answers, images
         self.stopped_early = False
+        self.update_seconds = 0.0
         self.config: dict[str, Any] = {
             "phase": asdict(phase),
             "steps": self.steps,
@@ -178,7 +180,7 @@ class Trainer:
         if self.finished:
             return PhaseResult(True, self.epoch, self.history)
         if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         main = self.accelerator.is_main_process
         done = self.epoch * self.steps + self.step
         log = Log(self.folder if main else None, self.history, self.run.tensorboard, done)
@@ -233,6 +235,7 @@ class Trainer:
 
     def _train_epoch(self, model: nn.Module, log: Log, progress: Progress) -> None:
         model.train()
+        self.update_seconds = 0.0
         rank = self.accelerator.process_index
         for step, batch in enumerate(self.batches.epoch(self.epoch, self.step), self.step):
             number = self.epoch * self.steps + step
@@ -246,7 +249,9 @@ class Trainer:
                 self.ema.update_parameters(self.model)
             if self.admm is not None and (number + 1) % self.admm.config.projection_interval == 0:
                 self._check_loss(number)
-                log.scalars(with_admm_prefix(self.admm.update().to_dict()), number + 1)
+                residuals = self.admm.update()
+                self.update_seconds += residuals.seconds
+                log.scalars({f"admm/{name}": value for name, value in residuals.to_dict().items()}, number + 1)
             progress.step()
             if (number + 1) % self.run.log_steps == 0:
                 mean = self._check_loss(number)
@@ -315,7 +320,8 @@ class Trainer:
         }
         if self.admm is not None and self.admm.last is not None:
             record |= self.admm.last.to_dict()
-            record["projection_seconds"] = record.pop("seconds")
+            del record["seconds"]
+            record["update_seconds"] = self.update_seconds  # of all updates in this epoch, part of train_seconds
         if skipped := self.batches.skipped:
             record["skipped_images"] = len(skipped)
         model = self.model if self.ema is None else self.ema.module
@@ -463,11 +469,6 @@ def distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float
     """
     ours, theirs = (F.log_softmax(value / temperature, 1) for value in (logits, teacher))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
-
-
-def with_admm_prefix(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Names for TensorBoard."""
-    return {f"admm/{name}": value for name, value in values.items()}
 
 
 def _optimizer(model: nn.Module, phase: PhaseConfig) -> torch.optim.Optimizer:

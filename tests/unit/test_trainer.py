@@ -189,7 +189,7 @@ def test_a_stopped_phase_continues_bit_for_bit(loader, tmp_path, options, precis
     for name in files:
         ours, theirs = (load_checkpoint(tmp_path / folder / name)[0] for folder in ("whole", "parts"))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    drop = ("train_seconds", "images_per_s", "projection_seconds")
+    drop = ("train_seconds", "images_per_s", "update_seconds")
     histories = [[{k: v for k, v in e.items() if k not in drop} for e in t.history] for t in (whole, part)]
     assert histories[0] == histories[1]
 
@@ -358,6 +358,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(loader, tmp_path, monkeypatch):
             lambda loader, path: [fit(Net(), loader, path, PhaseConfig(1, lr=lr), resume=True) for lr in (0.1, 0.2)],
             r"another configuration \(they differ in phase.lr\)",
         ),
+        (lambda loader, path: fit(Net(), loader, "/proc/none"), "cannot make the folder /proc/none"),
         (lambda loader, path: load_weights(Net(), path / "none.safetensors"), "cannot read the checkpoint"),
     ],
 )
