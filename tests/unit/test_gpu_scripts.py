@@ -307,8 +307,8 @@ def test_the_commands_of_the_readme_are_understood(script, line, monkeypatch):
 
     parse = argparse.ArgumentParser.parse_args
 
-    def parse_and_stop(parser):
-        parse(parser)
+    def parse_and_stop(parser, *arguments):
+        parse(parser, *arguments)
         raise UnderstoodError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
