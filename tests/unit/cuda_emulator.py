@@ -298,7 +298,8 @@ template <class T> static void multiply_group(const GroupProduct& product, int b
     for (int column = 0; column < product.channels; ++column) {
       float sum = 0;
       for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < n; ++i) sum += operand(at(product.a, row, half)[i]) * operand(at(product.b, column, half)[i]);
+        for (int i = 0; i < n; ++i)
+          sum += operand(at(product.a, row, half)[i]) * operand(at(product.b, column, half)[i]);
       int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
       product.sums[thread][column / 8 * 4 + row / 8 % 2 * 2 + column % 2] += sum;
     }
