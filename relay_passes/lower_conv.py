@@ -73,7 +73,7 @@ def read_conv(function: relax.Function) -> ConvOp:
     for conv, tail in zip(convs, tails, strict=True):
         assert conv.kernel is not None, "only convolutions with constant weights are outlined"
         weights.append(ConvWeights(conv.kernel, tail.bias))
-    pool = tails[-1].pool is not None
+    pool, head = tails[-1].pool is not None, graph.conv_head(convs[0])
     if function.attrs[KIND_ATTR] == TUCKER_CONV:
         first, core, last = (conv.shape for conv in convs)
         dense = Conv2dShape(
@@ -82,11 +82,8 @@ def read_conv(function: relax.Function) -> ConvOp:
         )  # fmt: skip
         shape: ConvShape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
     else:
-        shape = replace(convs[0].shape, pool=pool)
-    layout = str(convs[0].call.attrs.data_layout)
-    head, residual = graph.conv_head(convs[0]), tails[-1].residual
-    if head is not None:
-        shape = replace(shape, prologue=True)
+        shape = replace(convs[0].shape, pool=pool, prologue=head is not None)
+    layout, residual = str(convs[0].call.attrs.data_layout), tails[-1].residual
     operands = [convs[0].data if head is None else head.source, *(() if residual is None else (residual,))]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
     name, prologue = str(function.attrs[NAME_ATTR]), None if head is None else head.prologue
