@@ -9,5 +9,6 @@ except ModuleNotFoundError as error:
 
 from tdc_tvm.training.decompose import TuckerConv2d, apply_plan, decompose
 from tdc_tvm.training.export import export_onnx
+from tdc_tvm.training.ranks import RankProblem, choose_ranks
 
-__all__ = ["TuckerConv2d", "apply_plan", "decompose", "export_onnx"]
+__all__ = ["RankProblem", "TuckerConv2d", "apply_plan", "choose_ranks", "decompose", "export_onnx"]
