@@ -157,6 +157,8 @@ def plan(
     cli.console.print(choice)
     if weights is None and ":" not in model:
         cli.messages.print("note: these are random weights, and errors of no meaning; say --weights", style="yellow")
+    if rivals and rivals["by latency, same error"].plan == choice.plan:
+        del rivals["by latency, same error"]
     cli.console.print(comparison({"this plan": choice, **rivals}))
     for written in (*plans, *([table] if table is not None else []), *(pareto or [])):
         cli.console.print(f"wrote {written}", soft_wrap=True)

@@ -5,159 +5,32 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from tvm.target import Target
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.plan import DecompositionPlan, Ranks
-from tdc_tvm.quiet import without_chatter
+from tdc_tvm.plan import Ranks
 from tdc_tvm.schedules.device import GPUS, DeviceSpec
 from tdc_tvm.schedules.shape import Conv2dShape, TuckerConvShape
 from tdc_tvm.targets import resolve_target
+from tdc_tvm.training.conv_calls import conv_calls
 from tdc_tvm.training.decompose import apply_plan
-from tdc_tvm.training.inputs import Example, check_model, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, check_model
+from tdc_tvm.training.knapsack import GAP, Rows, solve_knapsack, solve_twice, total_of
 from tdc_tvm.training.latency_table import LatencyTable, Progress
+from tdc_tvm.training.rank_choice import LayerChoice, RankChoice
 from tdc_tvm.training.sensitivity import Loss, cross_entropy, sensitivities
 from tdc_tvm.tucker import truncation_errors
 
 THETA = 0.15
 # How much more error a MAC budget's plan may have than the least possible, to be faster.
 SLACK = 0.1
-# That end a solver's search: relative optimality gap, and seconds.
-GAP, _SECONDS = 1e-4, 10.0
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """What was chosen for one convolution.
-
-    Parameters
-    ----------
-    name, shape : str
-        Its path in the model, and what it computes for each image; calls of several shapes are separated by semicolons.
-    ranks : Ranks or None
-        None leaves it dense.
-    dense_us, latency_us : float
-        Predicted latency as it is and as chosen, all its calls together.
-    dense_macs, macs : int
-        Multiply-adds as it is and as chosen.
-    relative_error : float
-        ``||K - K'|| / ||K||`` of the truncated higher-order SVD.
-    proxy : float
-        What that is expected to cost: the square of it, times the layer's sensitivity.
-    reason : str
-        Why these ranks, or none.
-    """
-
-    name: str
-    shape: str
-    ranks: Ranks | None
-    dense_us: float
-    latency_us: float
-    dense_macs: int
-    macs: int
-    relative_error: float
-    proxy: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class RankChoice:
-    """Ranks for a whole network; prints as a table.
-
-    Parameters
-    ----------
-    model, device, precision : str
-        What they are for.
-    source : str
-        Of the latencies: ``"analytical model"``, or how they were measured.
-    proxy : str
-        What the error proxy is in.
-    goal : str
-        What was minimised under which budget.
-    layers : tuple[LayerChoice, ...]
-        Every convolution, in the model's order.
-    other_us : float
-        Predicted latency of the fully connected layers, which stay as they are.
-    gap : float
-        How much better than this plan another could be at most, relative, in what was minimised.
-    notes : tuple[str, ...]
-        What the user should know besides.
-    """
-
-    model: str
-    device: str
-    precision: str
-    source: str
-    proxy: str
-    goal: str
-    layers: tuple[LayerChoice, ...]
-    other_us: float
-    gap: float
-    notes: tuple[str, ...] = ()
-
-    @property
-    def plan(self) -> DecompositionPlan:
-        """The ranks, as `tdc_tvm.training.apply_plan`, `decompose` and ``tdc compress`` take them."""
-        return DecompositionPlan({layer.name: layer.ranks for layer in self.layers if layer.ranks}, self.model)
-
-    @property
-    def dense_us(self) -> float:
-        """Predicted latency of the convolutions and fully connected layers of the original."""
-        return self.other_us + sum(layer.dense_us for layer in self.layers)
-
-    @property
-    def latency_us(self) -> float:
-        """The same of the network as chosen."""
-        return self.other_us + sum(layer.latency_us for layer in self.layers)
-
-    @property
-    def dense_macs(self) -> int:
-        """Multiply-adds of the original's convolutions."""
-        return sum(layer.dense_macs for layer in self.layers)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of the convolutions as chosen."""
-        return sum(layer.macs for layer in self.layers)
-
-    @property
-    def mac_reduction(self) -> float:
-        """Share of the convolutions' multiply-adds that is saved."""
-        return 1.0 - self.macs / self.dense_macs
-
-    @property
-    def error(self) -> float:
-        """The error proxy, all layers together."""
-        return sum(layer.proxy for layer in self.layers)
-
-    def totals(self) -> dict[str, Any]:
-        """The figures of the whole network."""
-        names = ("dense_us", "latency_us", "other_us", "dense_macs", "macs", "mac_reduction", "error")
-        return {name: getattr(self, name) for name in names} | {"speedup": self.dense_us / self.latency_us}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The choice as plain data for JSON."""
-        names = ("model", "device", "precision", "source", "proxy", "goal", "gap", "notes")
-        layers = [{**asdict(layer), "ranks": layer.ranks and layer.ranks._asdict()} for layer in self.layers]
-        return {name: getattr(self, name) for name in names} | {"totals": self.totals(), "layers": layers}
-
-    def __rich_console__(self, _console: Any, options: Any) -> Iterable[Any]:
-        from tdc_tvm.training.ranks_report import tables
-
-        return tables(self, options.max_width)
-
-    def __str__(self) -> str:
-        from tdc_tvm.training.ranks_report import as_text
-
-        return as_text(self)
 
 
 def choose_ranks(
@@ -298,7 +171,7 @@ class RankProblem:
         spec = find_device(device)
         # A plan of no layers decomposes none, and says what stands against each.
         reports = apply_plan(model, {}, inplace=True)[1].layers
-        convs, others, uncounted = _calls(model, example, precision)
+        convs, others, uncounted = conv_calls(model, example, precision)
         convs = {report.name: convs.get(report.name, []) for report in reports if report.name not in uncounted}
         if not any(convs.values()):
             raise TdcError(f"{type(model).__name__} runs no nn.Conv2d on the example; there are no ranks to choose")
@@ -387,11 +260,11 @@ class RankProblem:
             goal = f"least error at {value:.1%} fewer MACs"
             if not by_macs:
                 goal = f"least latency at {value:.1%} fewer MACs and an error within {SLACK:.0%} of the least"
-                limits = [(macs, limit), (errors, (1.0 + SLACK) * _total(errors, chosen))]
-                chosen, reached = _solve_twice(times, errors, limits, gap, chosen)
+                limits = [(macs, limit), (errors, (1.0 + SLACK) * total_of(errors, chosen))]
+                chosen, reached = solve_twice(times, errors, limits, gap, chosen)
         else:
             goal = f"{'fewest MACs' if by_macs else 'least latency'} within an error of {value:.4g}"
-            chosen, reached = _solve_twice(macs if by_macs else times, errors, [(errors, value)], gap)
+            chosen, reached = solve_twice(macs if by_macs else times, errors, [(errors, value)], gap)
         layers = tuple(
             _choice(layer, int(keep[i]), None if by_macs else theta)
             for layer, keep, i in zip(self.layers, allowed, chosen, strict=True)
@@ -435,7 +308,7 @@ class RankProblem:
         able = sum(len(layer.options) > 1 for layer in self.layers)
         why = f"{fast} of {able} layers with a Tucker form have ranks that are {theta:.0%} faster"
         if kind == "latency_us":
-            dense = f"{self._dense_us:.1f} us for the original"
+            dense = f"{self._dense_us:.1f} us for the original ({self.other_us:.1f} of both in fully connected layers)"
             raise TdcError(
                 f"{limit:.1f} us cannot be reached: the least predicted is {least:.1f} us, {dense}; {why};"
                 " ask for more time, or lower theta"
@@ -469,106 +342,7 @@ def find_device(device: DeviceSpec | Target | str) -> DeviceSpec:
         raise TdcError(f"no device {str(device)!r}: {error}; GPUS known by name: {', '.join(GPUS)}") from None
 
 
-def solve_knapsack(
-    costs: Sequence[np.ndarray],
-    limits: Sequence[tuple[Sequence[np.ndarray], float]],
-    gap: float = GAP,
-    known: list[int] | None = None,
-) -> tuple[list[int], float]:
-    """Choose one option of each group, so that the sum of costs is least and other sums stay within limits.
-
-    Parameters
-    ----------
-    costs : sequence of arrays
-        Cost of each option, by group.
-    limits : sequence of (arrays, float)
-        What else the options take, by group, and how much of it there is.
-    gap : float
-        Relative optimality gap that is good enough.
-    known : list[int], optional
-        A choice within the limits, which is given back where none better is found in time.
-
-    Returns
-    -------
-    chosen : list[int]
-        The option of each group.
-    gap : float
-        By how much of its cost the optimum can be lower.
-
-    Raises
-    ------
-    TdcError
-        If no choice is within the limits, or none was found in time.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    keep = [_undominated(np.stack(rows, axis=1)) for rows in zip(costs, *(rows for rows, _ in limits), strict=True)]
-    sizes = [len(options) for options in keep]
-    group = np.repeat(np.arange(len(keep)), sizes)
-    count = len(group)
-
-    def row(values: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
-        """Costs above each group's least, and the sum of these: small numbers, that tolerances are absolute for."""
-        flat = np.concatenate([np.asarray(v, float)[options] for v, options in zip(values, keep, strict=True)])
-        least = np.array([flat[group == i].min() for i in range(len(keep))])
-        return flat - least[group], float(least.sum())
-
-    one = csr_array((np.ones(count), (group, np.arange(count))), (len(keep), count))
-    constraints = [LinearConstraint(one, 1, 1)]
-    for values, limit in limits:
-        above, least = row(values)
-        room = limit * (1 + 1e-9) - least
-        if room < 0:
-            raise TdcError(f"no choice is within {limit:.4g}: the least is {least:.4g}")
-        # An option that alone takes more than there is room for is none.
-        scale = max(room, 1e-12 * float(above.max())) or 1.0
-        constraints.append(LinearConstraint(np.minimum(above / scale, 2.0)[None] * 1e3, -np.inf, 1e3))
-    objective, base = row(costs)
-    spread = sum(objective[group == i].max() for i in range(len(keep))) or 1.0
-    with without_chatter(1):
-        result = milp(objective * (1e4 / spread), integrality=1, bounds=Bounds(0, 1), constraints=constraints,
-                      options={"mip_rel_gap": gap, "time_limit": _SECONDS})  # fmt: skip
-    if result.x is None and known is None:
-        raise TdcError(f"the solver found no choice of ranks: {result.message}")
-    found = [known] if known is not None else []
-    if result.x is not None:
-        found.append([int(options[np.argmax(result.x[group == i])]) for i, options in enumerate(keep)])
-    cost, chosen = min((_total(costs, choice), choice) for choice in found)
-    bound = base + (result.mip_dual_bound or 0.0) * spread / 1e4
-    reached = max(0.0, cost - bound) / cost if cost > 0 else 0.0
-    # What is left of it at the optimum is rounding.
-    return chosen, reached if reached > 1e-9 else 0.0
-
-
-def _solve_twice(
-    costs: Sequence[np.ndarray],
-    errors: Sequence[np.ndarray],
-    limits: Sequence[tuple[Sequence[np.ndarray], float]],
-    gap: float,
-    known: list[int] | None = None,
-) -> tuple[list[int], float]:
-    """The least cost, and of the choices that have it the one of the least error."""
-    chosen, reached = solve_knapsack(costs, limits, gap, known)
-    limits = [*limits, (costs, _total(costs, chosen))]
-    return solve_knapsack(errors, limits, gap, chosen)[0], reached
-
-
-def _total(values: Sequence[np.ndarray], chosen: Sequence[int]) -> float:
-    return float(sum(options[i] for options, i in zip(values, chosen, strict=True)))
-
-
-def _undominated(costs: np.ndarray) -> np.ndarray:
-    """Which rows are not as high as another in every column; of equal rows the first."""
-    order = np.lexsort((np.arange(len(costs)), *costs.T[::-1]))
-    kept: list[int] = []
-    for i in order:
-        if not any((costs[j] <= costs[i]).all() for j in kept):
-            kept.append(int(i))
-    return np.array(sorted(kept))
-
-
-def _least(values: Sequence[np.ndarray]) -> float:
+def _least(values: Rows) -> float:
     return float(sum(options.min() for options in values))
 
 
@@ -648,59 +422,6 @@ def check_budget(
     if not least < value < (1.0 if name == "mac_reduction" else math.inf):
         raise TdcError(f"found {name} {value:g}; expected {expected}")
     return given
-
-
-def _calls(
-    model: nn.Module, example: Example, precision: str
-) -> tuple[dict[str, list[Conv2dShape]], list[Conv2dShape], dict[str, str]]:
-    """The shapes of each convolution's calls, of the fully connected layers', and convolutions that have no shape."""
-    convs: dict[str, list[Conv2dShape]] = {}
-    others: list[Conv2dShape] = []
-    uncounted: dict[str, str] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-            x = args[0]
-            if isinstance(module, nn.Linear):
-                rows = x.numel() // x.shape[-1]
-                others.append(Conv2dShape(rows, 1, 1, module.in_features, module.out_features, precision=precision))
-            elif isinstance(module, nn.Conv2d):
-                convs.setdefault(name, []).append(_shape(module, x, precision))
-            else:
-                uncounted[name] = type(module).__name__
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(record(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
-    ]
-    try:
-        with eval_mode(model):
-            run_model(model, example_inputs(model, example))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return convs, others, uncounted
-
-
-def _shape(conv: nn.Conv2d, x: torch.Tensor, precision: str) -> Conv2dShape:
-    height, width = x.shape[-2:]
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    return Conv2dShape(
-        1 if x.ndim == 3 else x.shape[0],
-        height,
-        width,
-        conv.in_channels,
-        conv.out_channels,
-        tuple(conv.kernel_size),  # type: ignore[arg-type]
-        tuple(conv.stride),  # type: ignore[arg-type]
-        (top, left, bottom, right),
-        tuple(conv.dilation),  # type: ignore[arg-type]
-        conv.groups,
-        precision,
-    )
 
 
 def _latencies(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
-from tdc_tvm.training.ranks import LayerChoice, RankChoice
+from tdc_tvm.training.rank_choice import LayerChoice, RankChoice
 
 # Columns of the table of layers, and how wide a terminal must be to have them.
 _COLUMNS = {
@@ -63,7 +63,7 @@ def tables(choice: RankChoice, width: int) -> Iterator[RenderableType]:
     yield table
     yield Text(f"{choice.goal}: {choice.dense_us:.1f} -> {choice.latency_us:.1f} us, {_saved(choice)}")
     yield Text(f"error proxy {choice.error:.4g} ({choice.proxy})")
-    searched = "optimal" if not choice.gap else f"at most {choice.gap:.2%} from the optimum"
+    searched = "optimal" if not choice.gap else f"within {max(choice.gap, 1e-4):.2%} of the optimum"
     yield Text(f"latencies: {choice.source}, convolutions and fully connected layers; {searched}")
     for note in choice.notes:
         yield Text(f"note: {note}", "yellow")

@@ -18,8 +18,9 @@ from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.device import GPUS
 from tdc_tvm.schedules.shape import Conv2dShape, TuckerConvShape
 from tdc_tvm.training import RankProblem, apply_plan, choose_ranks, export_onnx, latency_table
+from tdc_tvm.training.knapsack import solve_knapsack, undominated
 from tdc_tvm.training.latency_table import LatencyTable, candidate_ranks, candidates
-from tdc_tvm.training.ranks import _Layer, _undominated, find_device, solve_knapsack
+from tdc_tvm.training.ranks import _Layer, find_device
 from tdc_tvm.training.ranks_report import as_text, comparison, write_front
 from tdc_tvm.training.sensitivity import cross_entropy, sensitivities
 from tdc_tvm.tucker import truncation_errors, tucker2
@@ -112,7 +113,7 @@ def test_a_limit_without_room_leaves_the_least():
 
 def test_dominated_options_are_left_out():
     costs = np.array([[1, 5], [2, 5], [2, 4], [3, 4], [1, 5], [0, 9]])
-    assert _undominated(costs).tolist() == [0, 2, 5]
+    assert undominated(costs).tolist() == [0, 2, 5]
 
 
 def problem(seed=0, layers=4, options=6):
