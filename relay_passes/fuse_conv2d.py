@@ -16,13 +16,15 @@ from tdc_tvm.relay_passes.outline import CONV2D, Chain, outline
 class FuseConv2d:
     """Outline each convolution with the bias, residual and activation after it.
 
-    And with the normalisation and activation before it, which only it reads, if the schedules take ``prologues``.
+    And with the normalisation and activation before it, which only it reads, if the schedules take ``prologues``;
+    and with the maxima of 2x2 after it, if they take ``pools``.
 
     Convolutions that our schedules do not take (weights computed at run time, other types than
     float32) stay with TVM's own schedules, and the reason is added to the module's layer reports.
     """
 
     prologues: bool = False
+    pools: bool = False
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -42,5 +44,5 @@ class FuseConv2d:
             head = graph.conv_head(conv) if self.prologues else None
             before = head.variables if head is not None and claimed.isdisjoint(head.variables) else []
             claimed.update(before)
-            chains.append(Chain(CONV2D, conv.name, [*before, *graph.claim_tail(conv, claimed)]))
+            chains.append(Chain(CONV2D, conv.name, [*before, *graph.claim_tail(conv, claimed, self.pools)]))
         return add_layers(outline(mod, graph.values, chains), left)

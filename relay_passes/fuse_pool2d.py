@@ -5,11 +5,11 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
-from tdc_tvm.relay_passes.graph import Graph, ints, is_static
+from tdc_tvm.relay_passes.graph import MAX_POOL, Graph, ints, is_static
 from tdc_tvm.relay_passes.outline import POOL2D, Chain, outline
 from tdc_tvm.schedules.cuda.pool import Pool2dShape
 
-_MAX_POOL, _AVG_POOL, _MEAN = (tvm.ir.Op.get(f"relax.{name}") for name in ("nn.max_pool2d", "nn.avg_pool2d", "mean"))
+_AVG_POOL, _MEAN = (tvm.ir.Op.get(f"relax.{name}") for name in ("nn.avg_pool2d", "mean"))
 _NHWC_IMAGE = ((1, 2), (-3, -2))
 
 
@@ -27,7 +27,7 @@ def fuse_pool2d(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRMod
 
 def pool_shape(call: relax.Call) -> Pool2dShape | None:
     """The pooling layer that a call is; None if it is none, or not one that there is a kernel for."""
-    if not any(call.op == op for op in (_MAX_POOL, _AVG_POOL, _MEAN)):
+    if not any(call.op == op for op in (MAX_POOL, _AVG_POOL, _MEAN)):
         return None
     data = call.args[0]
     if not is_static(data) or not is_static(call) or data.ty.ndim != 4 or str(data.ty.dtype) != "float32":
@@ -43,7 +43,7 @@ def pool_shape(call: relax.Call) -> Pool2dShape | None:
     if (str(attrs.layout), str(attrs.out_layout)) != ("NHWC", "NHWC"):
         return None
     kernel, stride, dilation = (ints(values) for values in (attrs.pool_size, attrs.strides, attrs.dilation))
-    padding, is_max = ints(attrs.padding), call.op == _MAX_POOL
+    padding, is_max = ints(attrs.padding), call.op == MAX_POOL
     if not is_max:
         # What a mean is of where windows reach behind the padding, operators do not agree on.
         ends = [(out[1 + i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] for i in range(2)]

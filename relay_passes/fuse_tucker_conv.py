@@ -18,7 +18,7 @@ from tdc_tvm.relay_passes.outline import TUCKER_CONV, Chain, outline
 class FuseTuckerConv:
     """Outline every chain of three convolutions 1x1 -> kxk -> 1x1 as one Tucker convolution.
 
-    Biases may stand after any of the three; residual and activation after the last go along.  A
+    Biases may stand after any of the three; residual, activation and maxima of 2x2 after the last go along.  A
     chain that has the form but fails a guard stays as it is, and so does a layer that the metadata
     names but that has another form; the reason is added to the module's layer reports.
 
@@ -26,9 +26,12 @@ class FuseTuckerConv:
     ----------
     layer_names : mapping of the core convolution's name to the Tucker layer's name
         From the model's metadata; a chain without it is named after its convolutions.
+    pools : bool
+        Whether the schedules take maxima of 2x2.
     """
 
     layer_names: Mapping[str, str] = field(default_factory=dict)
+    pools: bool = False
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
@@ -58,7 +61,7 @@ class FuseTuckerConv:
             variables = [
                 *graph.biased(first).variables,
                 *graph.biased(core).variables,
-                *graph.claim_tail(last, claimed),
+                *graph.claim_tail(last, claimed, self.pools),
             ]
             taken.update({stage.var: name for stage in stages})
             chains.append(Chain(TUCKER_CONV, name, variables))

@@ -18,6 +18,7 @@ _ADD, _MULTIPLY, _RELU, _MAX, _MIN = (
     tvm.ir.Op.get(f"relax.{name}") for name in ("add", "multiply", "nn.relu", "maximum", "minimum")
 )
 
+MAX_POOL = tvm.ir.Op.get("relax.nn.max_pool2d")
 # What only changes a tensor's shape.
 RESHAPES = [tvm.ir.Op.get(f"relax.{name}") for name in ("reshape", "flatten", "squeeze", "expand_dims")]
 
@@ -62,6 +63,7 @@ class Tail:
     clip_min: float | None = None
     clip_max: float | None = None
     bias: np.ndarray | None = None
+    pool: relax.Var | None = None
 
     @property
     def epilogue(self) -> Epilogue:
@@ -130,14 +132,23 @@ class Graph:
         return tail
 
     def tail(self, conv: Conv) -> Tail:
-        """Bias, residual and clip after ``conv``, in this order, as far as each is the only use of the one before."""
+        """Bias, residual, clip and maxima of 2x2 after ``conv``, as far as each is the only use of the one before.
+
+        In this order, but that clip and maxima can be exchanged.
+        """
         tail = self.biased(conv)
         if (found := self._after(tail, _ADD)) is not None:
             others = [arg for arg in found[1].args if isinstance(arg, relax.Var) and not arg.same_as(tail.last)]
             if len(others) == 1 and tvm_ffi.structural_equal(others[0].ty, conv.var.ty):
                 tail.residual = others[0]
                 self._advance(tail, found[0])
-        while (found := self._after(tail, _RELU, _MAX, _MIN)) is not None:
+        while (found := self._after(tail, _RELU, _MAX, _MIN, MAX_POOL)) is not None:
+            if found[1].op == MAX_POOL:
+                if tail.pool is not None or not _is_2x2_of(conv.shape, found[1]):
+                    break
+                tail.pool = found[0]
+                self._advance(tail, found[0])
+                continue
             bounds = _clip_bounds(found[1])
             if bounds is None:
                 break
@@ -196,11 +207,14 @@ class Graph:
         user = self.sole_user(var)
         return user is not None and user.same_as(reader)
 
-    def claim_tail(self, conv: Conv, claimed: set[relax.Var]) -> list[relax.Var]:
-        """The variables of ``conv``'s tail; where two convolutions end in one addition, the first takes it over."""
-        variables = []
-        for var in self.tail(conv).variables:
-            if var in claimed:
+    def claim_tail(self, conv: Conv, claimed: set[relax.Var], pools: bool) -> list[relax.Var]:
+        """The variables of ``conv``'s tail; where two convolutions end in one addition, the first takes it over.
+
+        Maxima, and what follows them, only if the schedules take ``pools``.
+        """
+        variables, tail = [], self.tail(conv)
+        for var in tail.variables:
+            if var in claimed or (var is tail.pool and not pools):
                 break
             variables.append(var)
         claimed.update(variables)
@@ -216,6 +230,21 @@ class Graph:
     def _advance(self, tail: Tail, var: relax.Var) -> None:
         tail.variables.append(var)
         tail.last = var
+
+
+def _is_2x2_of(shape: Conv2dShape, call: relax.Call) -> bool:
+    """Whether a pooling layer's windows are the whole 2x2 of a convolution's output, channels last."""
+    attrs, out = call.attrs, call.ty.shape
+    extents = (shape.out_height // 2, shape.out_width // 2)
+    return (
+        shape.groups == 1
+        and min(extents) > 0
+        and (str(attrs.layout), str(attrs.out_layout)) == ("NHWC", "NHWC")
+        and ints(attrs.pool_size) == ints(attrs.strides) == (2, 2)
+        and ints(attrs.dilation) == (1, 1)
+        and not any(ints(attrs.padding))
+        and ints(out.values)[1:3] == extents
+    )
 
 
 def channel_axis(conv: Conv) -> int:

@@ -12,12 +12,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.relay_passes.concat_in_place import Strip, StripPlan
-from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.relay_passes.fuse_pool2d import pool_shape
 from tdc_tvm.relay_passes.graph import RESHAPES, Graph
 from tdc_tvm.relay_passes.layers import LayerReport, add_layers
 from tdc_tvm.relay_passes.outline import KIND_ATTR, NAME_ATTR, POOL2D, TUCKER_CONV
 from tdc_tvm.schedules import backend
+from tdc_tvm.schedules.cuda.fold_width import Folded
 from tdc_tvm.schedules.cuda.pool import make_kernel as make_pool
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import ConvWeights, Estimate, Kernel, KernelConfig, Prologue, Tensors
@@ -73,18 +73,17 @@ def read_conv(function: relax.Function) -> ConvOp:
     for conv, tail in zip(convs, tails, strict=True):
         assert conv.kernel is not None, "only convolutions with constant weights are outlined"
         weights.append(ConvWeights(conv.kernel, tail.bias))
-    shape: ConvShape = convs[0].shape
+    pool, head = tails[-1].pool is not None, graph.conv_head(convs[0])
     if function.attrs[KIND_ATTR] == TUCKER_CONV:
         first, core, last = (conv.shape for conv in convs)
         dense = Conv2dShape(
             first.batch, first.height, first.width, first.in_channels, last.out_channels,
-            core.kernel, core.stride, core.padding, core.dilation,
+            core.kernel, core.stride, core.padding, core.dilation, pool=pool,
         )  # fmt: skip
-        shape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
-    layout = str(convs[0].call.attrs.data_layout)
-    head, residual = graph.conv_head(convs[0]), tails[-1].residual
-    if head is not None:
-        shape = replace(shape, prologue=True)
+        shape: ConvShape = TuckerConvShape(dense, core.in_channels, core.out_channels, weights[0].bias is not None)
+    else:
+        shape = replace(convs[0].shape, pool=pool, prologue=head is not None)
+    layout, residual = str(convs[0].call.attrs.data_layout), tails[-1].residual
     operands = [convs[0].data if head is None else head.source, *(() if residual is None else (residual,))]
     inputs = tuple(next(i for i, p in enumerate(function.params) if p.same_as(operand)) for operand in operands)
     name, prologue = str(function.attrs[NAME_ATTR]), None if head is None else head.prologue
@@ -147,15 +146,12 @@ class _Lowerer(relax.PyExprMutator):
         callee = self.builder_.add_func(kernel.func, "tucker_conv" if len(op.weights) == 3 else "conv2d")
         dense = shape.dense if isinstance(shape, TuckerConvShape) else shape
         is_nchw = op.data_layout == "NCHW"
-        given = (self._cast(args[i], dense.dtype) for i in op.inputs)
-        x, *residual = (self._permuted(arg, _TO_NHWC) if is_nchw else arg for arg in given)
-        if folded is not None:
-            packed = relax.TensorType((dense.batch, dense.height, folded.columns, folded.pitch), dense.dtype)
-            packer = self.builder_.add_func(folded.packer(), "fold_width")
-            x = self.builder_.emit(relax.call_tir(packer, relax.Tuple([x]), packed))
+        x, *residual = (args[i] for i in op.inputs)
+        residual = [self._given(arg, dense.dtype, is_nchw) for arg in residual]
+        x = self._given(x, dense.dtype, is_nchw) if folded is None else self._fold(x, folded, is_nchw)
         constants = [relax.const(np.ascontiguousarray(value)) for value in kernel.constants]
         channels = dense.out_channels if target is None else target.width
-        out = (dense.batch, dense.out_height, dense.out_width, channels)
+        out = (*dense.stored_extents[:3], channels)
         operands = [x, *constants, *residual]
         types = [relax.TensorType(extents, dense.dtype) for extents in (out, *kernel.between)]
         if is_result:
@@ -167,6 +163,23 @@ class _Lowerer(relax.PyExprMutator):
             return result
         result = self._permuted(result, _TO_NCHW) if is_nchw else result
         return self._cast(result, "float32")
+
+    def _given(self, value: relax.Expr, dtype: str, is_nchw: bool) -> relax.Expr:
+        """What a kernel reads, channels last."""
+        value = self._cast(value, dtype)
+        return self._permuted(value, _TO_NHWC) if is_nchw else value
+
+    def _fold(self, x: relax.Expr, folded: Folded, is_nchw: bool) -> relax.Var:
+        """Fold the windows of a convolution's input; what was permuted only for it is read as it was."""
+        source = self.builder_.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if isinstance(source, relax.Call) and source.op == _PERMUTE and tuple(map(int, source.attrs.axes)) == _TO_NHWC:
+            x, is_nchw = source.args[0], True
+        dtype = folded.before.dtype
+        kernel = folded.make_kernel(self.device, "fold_width", is_nchw)
+        callee = self.builder_.add_func(kernel.func, "fold_width")
+        packed = relax.TensorType((folded.before.batch, folded.before.height, folded.columns, folded.pitch), dtype)
+        x = x if is_nchw else self._cast(x, dtype)
+        return self.builder_.emit(relax.call_tir(callee, relax.Tuple([x]), packed))
 
     def _lower_pool(self, call: relax.Call, function: relax.Function) -> relax.Expr:
         graph = Graph.of(function)

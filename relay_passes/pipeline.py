@@ -68,17 +68,18 @@ class _PermuteConstants(relax.PyExprMutator):
 
 def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
     """From an imported model to kernels for every convolution, high-level operators around them."""
+    is_gpu = device.kind == "cuda"
     return [
         # Canonical form: inference-time operators, constants evaluated, channels last.
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
         convert_to_nhwc,
-        *([dense_to_conv] if device.kind == "cuda" else []),
+        *([dense_to_conv] if is_gpu else []),
         # Our operators.
-        FuseTuckerConv(layer_names),
-        FuseConv2d(prologues=device.kind == "cuda"),
-        *([fuse_pool2d] if device.kind == "cuda" else []),
+        FuseTuckerConv(layer_names, pools=is_gpu),
+        FuseConv2d(prologues=is_gpu, pools=is_gpu),
+        *([fuse_pool2d] if is_gpu else []),
         LowerConv(device, precision),
         relax.transform.CanonicalizeBindings(),
         narrow_activations,

@@ -9,7 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, stages_of
+from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, TuckerConvShape, stages_of
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def check_prologue(shape: ConvShape, prologue: Prologue | None) -> None:
     wanted = isinstance(shape, Conv2dShape) and shape.prologue
     if wanted != (prologue is not None):
         raise TdcError(f"found {'no' if wanted else 'a'} prologue for {shape}")
-    for name in ("scale", "shift") if prologue is not None else ():
-        found = getattr(prologue, name).shape
+    if isinstance(shape, TuckerConvShape) or prologue is None:
+        return
+    for name, found in (("scale", prologue.scale.shape), ("shift", prologue.shift.shape)):
         if found != (shape.in_channels,):
             raise TdcError(f"found a {name} of shape {found} for {shape}, expected {(shape.in_channels,)}")
 

@@ -40,13 +40,15 @@ class Conv2dShape:
         cores), ``"fp16"`` or ``"bf16"`` (on tensor cores, summed in FP32).
     prologue : bool
         Whether each channel of the input is scaled, shifted and clipped where it is read.
+    pool : bool
+        Whether the maximum of each 2x2 of the output is all that is stored, of whole 2x2 only.
 
     Raises
     ------
     TdcError
         If the precision is unknown, an extent is not a positive int, a tuple not of as many ints, the
-        channels do not divide by the groups, the window is larger than the padded input, or a prologue comes
-        before groups or padding.
+        channels do not divide by the groups, the window is larger than the padded input, a prologue comes before
+        groups or padding, or there are maxima of groups or of no 2x2.
     """
 
     batch: int
@@ -61,6 +63,7 @@ class Conv2dShape:
     groups: int = 1
     precision: str = "fp32"
     prologue: bool = False
+    pool: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in tuple(DTYPES):
@@ -95,7 +98,13 @@ class Conv2dShape:
                 f"impossible convolution: a {self.kernel} window with dilation {self.dilation} does not fit "
                 f"into {self.height}x{self.width} with padding {self.padding}"
             )
-
+        if type(self.pool) is not bool:
+            raise TdcError(f"found pool={self.pool!r}; expected True or False")
+        if self.pool and (self.groups > 1 or min(self.out_height, self.out_width) < 2):
+            raise TdcError(
+                f"impossible convolution: maxima of 2x2 of {self.out_height}x{self.out_width} outputs in "
+                f"{self.groups} group(s); there must be 2x2 or more, and one group"
+            )
         if type(self.prologue) is not bool:
             raise TdcError(f"found prologue={self.prologue!r}; expected True or False")
         if self.prologue and (self.groups > 1 or any(self.padding)):
@@ -118,6 +127,12 @@ class Conv2dShape:
     def out_pixels(self) -> int:
         """Output positions, batch included."""
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def stored_extents(self) -> tuple[int, int, int, int]:
+        """Of what is stored of the output: ``(batch, height, width, out_channels)``."""
+        step = 2 if self.pool else 1
+        return self.batch, self.out_height // step, self.out_width // step, self.out_channels
 
     @property
     def weight_count(self) -> int:
@@ -159,7 +174,9 @@ class Conv2dShape:
             text += f" groups {self.groups}"
         if self.precision != "fp32":
             text += f" {self.precision}"
-        return text + " with a prologue" if self.prologue else text
+        if self.prologue:
+            text += " with a prologue"
+        return text + " + 2x2 max" if self.pool else text
 
 
 @dataclass(frozen=True, order=True)
@@ -202,13 +219,14 @@ class TuckerConvShape:
         """The reducing 1x1, the core and the expanding 1x1."""
         d = self.dense
         plain = Conv2dShape(d.batch, d.height, d.width, d.in_channels, self.rank_in, precision=d.precision)
-        core = replace(d, in_channels=self.rank_in, out_channels=self.rank_out)
+        core = replace(d, in_channels=self.rank_in, out_channels=self.rank_out, pool=False)
         expand = replace(
             plain,
             height=d.out_height,
             width=d.out_width,
             in_channels=self.rank_out,
             out_channels=d.out_channels,
+            pool=d.pool,
         )
         return plain, core, expand
 

@@ -99,6 +99,9 @@ def table_cases() -> list[Case]:
         (Conv(1, 11, 10, 24, 40, (3, 3), padding=same, groups=8), all_of_it),
         (Conv(1, 12, 9, 5, 7, (3, 2), (2, 3), (0, 1, 2, 1), (2, 1)), none),
         (Conv(1, 1, 1, 33, 1), none),
+        (Conv(1, 56, 56, 64, 128, (3, 3), padding=same, pool=True), relu),
+        (Conv(1, 14, 14, 512, 96, (3, 3), padding=same, pool=True), none),
+        (Conv(2, 13, 9, 130, 34, pool=True), all_of_it),
     ]
     tucker = [
         (TuckerConvShape(Conv(1, 56, 56, 64, 64, (3, 3), padding=same), 32, 32), relu),
@@ -108,6 +111,9 @@ def table_cases() -> list[Case]:
         (TuckerConvShape(Conv(3, 9, 7, 5, 3, (3, 2), (1, 2), (2, 0, 1, 1), (1, 2)), 6, 10), all_of_it),
         (TuckerConvShape(Conv(1, 12, 12, 16, 16, (7, 7), padding=(3, 3, 3, 3)), 1300, 8), none),
         (TuckerConvShape(Conv(1, 1, 1, 1, 1), 1, 1), none),
+        (TuckerConvShape(Conv(1, 56, 56, 64, 128, (3, 3), padding=same, pool=True), 32, 64), relu),
+        (TuckerConvShape(Conv(2, 14, 14, 512, 512, (3, 3), padding=same, pool=True), 96, 192), relu),
+        (TuckerConvShape(Conv(3, 15, 9, 40, 72, (3, 3), padding=same, pool=True), 33, 17), all_of_it),
     ]
     cases = []
     for precision in DTYPES:
@@ -200,7 +206,16 @@ def random_cases(count: int = RANDOM_CASES, seed: int = 0, largest: int = 24) ->
         cases.append(case)
 
     collect()
-    return list(dict.fromkeys(cases))[:count]
+    return [pooled(case) if index % 3 == 2 else case for index, case in enumerate(dict.fromkeys(cases))][:count]
+
+
+def pooled(case: Case) -> Case:
+    """The case with maxima of 2x2, if it can have them."""
+    shape, last = case.shape, case.stages[-1]
+    if last.groups > 1 or min(last.out_height, last.out_width) < 2:
+        return case
+    with_maxima = replace(getattr(shape, "dense", shape), pool=True)
+    return replace(case, shape=replace(shape, dense=with_maxima) if hasattr(shape, "dense") else with_maxima)
 
 
 def make_weights(case: Case, rng: np.random.Generator) -> tuple[ConvWeights, ...]:
@@ -258,9 +273,13 @@ def reference(case: Case, x: np.ndarray, weights: tuple[ConvWeights, ...], resid
         value = convolve(stage, value, stage_weights)
     if residual is not None:
         value = value + residual.astype(np.float64)
-    if case.epilogue.clip_min is None and case.epilogue.clip_max is None:
+    if case.epilogue.clip_min is not None or case.epilogue.clip_max is not None:
+        value = np.clip(value, case.epilogue.clip_min, case.epilogue.clip_max)
+    if not case.stages[-1].pool:
         return value
-    return np.clip(value, case.epilogue.clip_min, case.epilogue.clip_max)
+    batch, height, width, channels = case.stages[-1].stored_extents
+    windows = value[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
+    return windows.max(axis=(2, 4))
 
 
 def error_of(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -162,7 +162,7 @@ def _launches(
     ours, reports = iter(operators), iter(layers)
     for call, function in _calls(mod, with_storage("main")):
         is_early = "tirx.kernel_launch_params" in function.attrs
-        if "tdc.config" not in function.attrs:
+        if function.attrs.get("tdc.config") in (None, "fold"):
             sizes = [_tensor_bytes(arg) for arg in call.args]
             # A strip is written to a tensor that has room for more.
             is_strip = "copy_strip" in call.op.name_hint
@@ -188,9 +188,10 @@ def conv_launches(op: ConvOp, config: KernelConfig, is_early: bool) -> Iterator[
         # A stride can be longer than the window.
         rows = min(first.height, first.out_height * first.kernel[0])
         columns = min(first.width, first.out_width * first.kernel[1])
-        outputs = last.out_pixels * last.out_channels
-        is_added = op.epilogue.residual and end == len(stages)
-        elements = first.batch * rows * columns * first.in_channels + outputs * (2 if is_added else 1)
+        outputs = math.prod(last.stored_extents)
+        if op.epilogue.residual and end == len(stages):
+            outputs += last.out_pixels * last.out_channels
+        elements = first.batch * rows * columns * first.in_channels + outputs
         # Grouped convolutions have no groups of warps.
         group = dict(config.parameters).get(f"group{number or ''}", 1)
         weight_dtype = UNITS[first.precision, group].weight_dtype

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from tdc_tvm import __version__
+from tdc_tvm import __version__, cli_training
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan_command import plan
 
@@ -113,7 +113,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 @main.command()
 def compress(
-    model: Model,
+    model: Annotated[
+        Path, typer.Argument(help="ONNX model, or a folder or checkpoint of 'tdc train'.", metavar="MODEL")
+    ],
     ranks: Annotated[
         str,
         typer.Option(
@@ -123,14 +125,38 @@ def compress(
             help="Ranks 'OUT,IN', an energy in (0, 1), a plan file, or a preset such as resnet18.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The ONNX file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="The ONNX file, or the folder of a run, to write.")
+    ],
     save_plan: Annotated[
         Path | None,
         typer.Option("--save-plan", metavar="FILE", help="Write the ranks in use as a plan (.json, .yaml)."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Of training: admm (the default), direct, scratch or dense."),
+    ] = None,
+    config: cli_training.ConfigOption = None,
+    settings: cli_training.SetOption = None,
+    resume: cli_training.ResumeOption = False,
+    budget: cli_training.BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decompose a model's dense convolutions into Tucker format (ONNX to ONNX, no PyTorch)."""
+    """Bring a model into Tucker format.
+
+    An ONNX model's convolutions are decomposed, ONNX to ONNX and without PyTorch.  What 'tdc train' wrote is
+    compressed by ADMM training, decomposition and fine-tuning, and exported to ONNX.
+    """
+    of_training = {"--method": method, "--config": config, "--set": settings, "--budget": budget}
+    if model.suffix != ".onnx":
+        if save_plan is not None:
+            raise TdcError("--save-plan is for ONNX models; a run's folder gets plan.json anyway: leave it out")
+        cli_training.compress_trained(model, ranks, output, config, method, settings, resume, budget, as_json)
+        return
+    if wrong := [name for name, value in of_training.items() if value is not None] + ["--resume"] * resume:
+        raise TdcError(
+            f"{', '.join(wrong)} is for what 'tdc train' wrote; an ONNX model is only decomposed: leave it out"
+        )
     import onnx
 
     from tdc_tvm.files import check_output, write_atomic
@@ -176,6 +202,7 @@ def compress(
 
 
 main.command()(plan)
+cli_training.register(main.command)
 
 
 @main.command()

@@ -18,9 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tdc_tvm.errors import TdcError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
-
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Precision(str, Enum):
@@ -41,7 +40,10 @@ class Objective(str, Enum):
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A torchvision model's name, or package.module:factory.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="A torchvision model's name, a checkpoint of 'tdc train', or package.module:factory.", metavar="MODEL"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The plan to write (.json, .yaml).")],
     device: Annotated[
@@ -54,8 +56,11 @@ def plan(
     precision: Annotated[Precision, typer.Option("--precision", metavar="NAME", help="Arithmetic.")] = Precision.fp32,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Images at once.")] = 1,
     input_shape: Annotated[
-        str, typer.Option("--input", metavar="SHAPE", help="Channels x height x width of an image.")
-    ] = "3x224x224",
+        str | None,
+        typer.Option(
+            "--input", metavar="SHAPE", help="Channels x height x width of an image; 3x224x224, or a checkpoint's own."
+        ),
+    ] = None,
     mac_reduction: Annotated[
         float | None,
         typer.Option("--mac-reduction", metavar="X", help="Budget: share of the convolutions' MACs to save."),
@@ -119,15 +124,17 @@ def plan(
         check_plots()
     if table is not None and not table.exists():
         check_output(table, "a table of latencies", (".json",))
-    extents = _extents(input_shape)
-    network, name = load_model(model, weights)
-    images = None if data is None else _Images(data, extents, samples, seed)
+    given = None if input_shape is None else _extents(input_shape)
+    network, info = load_network(model, weights)
+    size = info.get("image_size", 224)
+    extents = given or (info.get("channels", 3), size, size)
+    images = None if data is None else _Images(data, extents, info, samples, seed)
     loss = functools.partial(cross_entropy, classes=None if images is None else images.classes)
     bars = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*bars, console=cli.messages, transient=True, disable=not cli.messages.is_terminal) as progress:
         task = progress.add_task("Predicting latencies", total=None)
         problem = RankProblem.of(
-            network, (batch, *extents), device, precision=precision.value, table=table, name=name,
+            network, (batch, *extents), device, precision=precision.value, table=table, name=model,
             loader=None if images is None else progress.track(images, description="Taking gradients"),
             loss=loss, batches=sys.maxsize,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -155,7 +162,7 @@ def plan(
         cli._print_json(choice.to_dict() | {"same_error": more, "output": str(output)})
         return
     cli.console.print(choice)
-    if weights is None and ":" not in model:
+    if weights is None and ":" not in model and not info:
         cli.messages.print("note: these are random weights, and errors of no meaning; say --weights", style="yellow")
     if rivals and rivals["by latency, same error"].plan == choice.plan:
         del rivals["by latency, same error"]
@@ -164,16 +171,24 @@ def plan(
         cli.console.print(f"wrote {written}", soft_wrap=True)
 
 
-def load_model(name: str, weights: str | None) -> tuple[nn.Module, str]:
-    """A torchvision model, or what a user's factory makes, and what it is called.
+def load_network(name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A torchvision model, a trained one, or what a user's factory makes; and what a checkpoint says of it.
 
     Parameters
     ----------
     name : str
-        ``"resnet18"``, or ``"package.module:factory"``: a function without arguments, found from the current folder.
+        ``"resnet18"``; a ``.safetensors`` file of ``tdc train``; or ``"package.module:factory"``: a function without
+        arguments, found from the current folder.
     weights : str, optional
         A name of torchvision's weights, ``"DEFAULT"``, or the path of a checkpoint: a state dict (``.pt``, ``.pth``,
         ``.safetensors``), or a dict that has one as ``state_dict`` or ``model``.
+
+    Returns
+    -------
+    model : nn.Module
+        In eval mode.
+    info : dict
+        As of `tdc_tvm.training.load_model`; empty for other models.
 
     Raises
     ------
@@ -182,6 +197,12 @@ def load_model(name: str, weights: str | None) -> tuple[nn.Module, str]:
     """
     from torch import nn
 
+    if name.endswith(".safetensors"):
+        if weights is not None:
+            raise TdcError(f"{name} has weights of its own; leave --weights out")
+        from tdc_tvm.training import load_model
+
+        return load_model(name)
     is_file = weights is not None and (os.sep in weights or Path(weights).suffix != "" or Path(weights).exists())
     if ":" in name:
         if weights is not None and not is_file:
@@ -194,7 +215,7 @@ def load_model(name: str, weights: str | None) -> tuple[nn.Module, str]:
     if is_file:
         assert weights is not None
         _load_checkpoint(model, weights)
-    return model.eval(), name
+    return model.eval(), {}
 
 
 def _factory(name: str) -> Callable[[], Any]:
@@ -269,25 +290,31 @@ def _extents(text: str) -> tuple[int, int, int]:
 
 
 class _Images:
-    """Batches of 16 of some images of a folder, which has a folder for each class, as the model reads them."""
+    """Batches of 16 of some images of a folder, which has a folder for each class, as training reads them."""
 
-    def __init__(self, folder: Path, extents: tuple[int, int, int], samples: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, extents: tuple[int, int, int], info: dict[str, Any], samples: int, seed: int
+    ) -> None:
         import torch
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
+        from tdc_tvm.training.data import IMAGENET_MEAN, IMAGENET_STD, read_image
+
         channels, height, width = extents
-        if channels != 3:
-            raise TdcError(f"--data gives images of 3 channels; the input has {channels}: leave --data out")
-        steps = [
-            # As ImageNet is read: the middle, 7/8 of each side.
-            transforms.Resize((round(height / 0.875), round(width / 0.875))),
-            transforms.CenterCrop((height, width)),
-            transforms.ToTensor(),
-            transforms.Normalize(**_IMAGENET),
-        ]
+        if channels != 3 or height != width:
+            shape = f"{channels}x{height}x{width}"
+            raise TdcError(f"--data gives square images of 3 channels; the input is {shape}: leave --data out")
+
+        def read(path: str) -> np.ndarray:
+            try:
+                return read_image(path, height).copy()
+            except TdcError as error:
+                raise TdcError(f"cannot read the image {error}; repair or remove it") from None
+
+        scaled = transforms.Normalize(info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD))
         try:
-            data = ImageFolder(str(folder), transforms.Compose(steps), loader=_open_image)
+            data = ImageFolder(str(folder), transforms.Compose([transforms.ToTensor(), scaled]), loader=read)
         except OSError as error:
             raise TdcError(
                 f"cannot read images from {folder}: {error.strerror or error}; expected a folder for each class"
@@ -301,12 +328,3 @@ class _Images:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
-
-
-def _open_image(path: str) -> Any:
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise TdcError(f"cannot read the image {path}: {error}; repair or remove it") from None

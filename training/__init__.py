@@ -1,4 +1,4 @@
-"""Tucker decomposition of PyTorch models and their export to ONNX; needs the extra ``train``."""
+"""Training, Tucker compression and ONNX export of PyTorch models; needs the extra ``train``."""
 
 from tdc_tvm.errors import TdcError
 
@@ -7,8 +7,21 @@ try:
 except ModuleNotFoundError as error:
     raise TdcError("tdc_tvm.training needs PyTorch; install it with: pip install 'tdc-tvm[train]'") from error
 
+from tdc_tvm.training.compression import History, compress
 from tdc_tvm.training.decompose import TuckerConv2d, apply_plan, decompose
 from tdc_tvm.training.export import export_onnx
+from tdc_tvm.training.models import load_model, load_weights
 from tdc_tvm.training.ranks import RankProblem, choose_ranks
 
-__all__ = ["RankProblem", "TuckerConv2d", "apply_plan", "choose_ranks", "decompose", "export_onnx"]
+__all__ = [
+    "History",
+    "RankProblem",
+    "TuckerConv2d",
+    "apply_plan",
+    "choose_ranks",
+    "compress",
+    "decompose",
+    "export_onnx",
+    "load_model",
+    "load_weights",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def decompose(
     TdcError
         If the ranks cannot be read or do not fit, or the model does not run on ``example``.
     """
-    return _decompose(model, ranks, example, inplace, init=True)
+    return _decompose(model, ranks, example, inplace, init=True, factors=None)
 
 
 def apply_plan(
@@ -181,6 +182,8 @@ def apply_plan(
     *,
     init: bool = False,
     inplace: bool = False,
+    example: Example | None = None,
+    factors: Mapping[str, TuckerFactors] | None = None,
 ) -> tuple[nn.Module, DecompositionReport]:
     """Give a model the structure that a plan describes, by default without computing factors.
 
@@ -196,6 +199,10 @@ def apply_plan(
         True decomposes the kernels, as `decompose` does; False leaves random weights.
     inplace : bool
         True changes ``model``; by default a copy is changed.
+    example : tensor, tensors or shape, optional
+        An input: the model is run on it once, and the report then has MACs.
+    factors : mapping of str to TuckerFactors, optional
+        The decomposed kernels of all layers in the plan, if they are known already; used instead of ``init``.
 
     Returns
     -------
@@ -210,29 +217,44 @@ def apply_plan(
     spec = parse_ranks(plan)
     if not isinstance(spec, DecompositionPlan):
         raise TdcError(f"apply_plan needs a plan with ranks per layer; found {plan!r}; use decompose for it")
-    return _decompose(model, spec, None, inplace, init)
+    return _decompose(model, spec, example, inplace, init, factors)
 
 
 def _decompose(
-    model: nn.Module, ranks: RankSpec, example: Example | None, inplace: bool, init: bool
+    model: nn.Module,
+    ranks: RankSpec,
+    example: Example | None,
+    inplace: bool,
+    init: bool,
+    factors: Mapping[str, TuckerFactors] | None,
 ) -> tuple[nn.Module, DecompositionReport]:
     check_model(model)
     if not inplace:
         model = copy_model(model)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     pixels = _pixels(model, convs, example) if example is not None else {}
-    layers = _layers(model, convs, pixels, with_values=init)
-    result = decompose_layers(layers, ranks, factorize=init, model=type(model).__name__)
+    compute = init and factors is None
+    layers = _layers(model, convs, pixels, with_values=compute)
+    result = decompose_layers(layers, ranks, factorize=compute, model=type(model).__name__)
+    known, report = result.factors, result.report
+    if factors is not None:
+        known = factors
+        errors = {name: entry.relative_error for name, entry in factors.items()}
+        report = replace(
+            report, layers=tuple(replace(layer, relative_error=errors.get(layer.name)) for layer in report.layers)
+        )
     replacements: dict[nn.Module, nn.Module] = {}
     for name, chosen in result.plan.layers.items():
         conv = convs[name]
         assert isinstance(conv, nn.Conv2d)
-        replacements[conv] = TuckerConv2d.from_conv(conv, chosen, init=init, factors=result.factors.get(name))
+        replacements[conv] = TuckerConv2d.from_conv(
+            conv, chosen, init=init or factors is not None, factors=known.get(name)
+        )
     for module in list(model.modules()):
         for child_name, child in module._modules.items():
             if child in replacements:
                 module._modules[child_name] = replacements[child]
-    return replacements.get(model, model), result.report
+    return replacements.get(model, model), report
 
 
 def _layers(

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     verify: bool = True,
     tolerance: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Export a model to ONNX, in eval mode and on the CPU; the model itself is not changed.
 
@@ -56,6 +58,8 @@ def export_onnx(
         Compare ONNX Runtime with PyTorch on the example, and on another batch size if it is dynamic.
     tolerance : float, optional
         Largest allowed ``max |difference| / max |PyTorch|``; by default 1e-4 in FP32, 2e-2 in FP16.
+    metadata : mapping of str to str, optional
+        More metadata properties of the model.
 
     Returns
     -------
@@ -84,6 +88,8 @@ def export_onnx(
         expected = _tensors(run_model(model, inputs))
         proto = _export(model, inputs, len(expected), dynamic_batch)
         _tag(proto, model)
+        for key, value in (metadata or {}).items():
+            proto.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(proto)
         data = proto.SerializeToString()
         if verify:

@@ -16,8 +16,8 @@ import tdc_tvm.schedules
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.plan import Ranks
-from tdc_tvm.relay_passes.fold_width import Folded
 from tdc_tvm.schedules import backend
+from tdc_tvm.schedules.cuda.fold_width import Folded
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.shape import Conv2dShape, TuckerConvShape
 

@@ -51,6 +51,8 @@ def _shape_reason(shape: ConvShape, device: DeviceSpec) -> str:
         return f"a CPU schedule on a device of kind {device.kind!r}"
     if stages[0].precision != "fp32":
         return f"needs {stages[0].precision}; CPUs compute in fp32 only"
+    if stages[-1].pool:
+        return "stores maxima of 2x2, which only CUDA schedules do"
     return oversize_reason(stages)
 
 

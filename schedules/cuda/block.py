@@ -32,7 +32,7 @@ class Buffers:
     biases : sequence of Buffer or None
         FP32, filled up to whole slices.
     residual : Buffer, optional
-        Of the output's shape.
+        Of the shape of what the convolution gives.
     prologue : Buffer, optional
         FP32: a scale and then a shift for each channel of the input, filled up to what all blocks read.
     out_start : int
@@ -48,6 +48,7 @@ class Buffers:
     residual: tirx.Buffer | None
     prologue: tirx.Buffer | None = None
     out_start: int = 0
+    is_result: bool = False
     weight_scales: Sequence[float] = ()
 
     @property

@@ -14,6 +14,7 @@ from tdc_tvm.schedules.cuda.arith import ceil_div, round_up
 from tdc_tvm.schedules.cuda.block import Block, Buffers, all_of, local, unrolled, when
 from tdc_tvm.schedules.cuda.division import BANKS
 from tdc_tvm.schedules.cuda.intrinsics import MOST_PENDING, address, barrier, call, clip, run
+from tdc_tvm.schedules.cuda.maxima import put_result, store_maxima
 from tdc_tvm.schedules.cuda.plan import Part
 from tdc_tvm.schedules.cuda.prologue import apply_prologue, constants_of, prepare_input
 from tdc_tvm.schedules.cuda.stream import WeightStream
@@ -65,9 +66,10 @@ class Chain(Block):
         for stage in range(len(part.stages)):
             self.input_at.append(at)
             at += part.input_words(stage)
-        self.scratch_at = at
+        self.scratch_at, self.pooled_at = at, at + part.scratch_words
         self.crew_words = part.crew_bytes(part.input_words(0)) // 4
-        unused = part.smem_bytes // 4 - (part.crews - 1) * self.crew_words - at - part.scratch_words
+        used = self.pooled_at + part.pooled_words
+        unused = part.smem_bytes // 4 - (part.crews - 1) * self.crew_words - used
         assert 0 <= unused <= BANKS
 
     def emit(self, block: ir.Expr, rank: ir.Expr, thread: ir.Expr) -> None:
@@ -84,7 +86,7 @@ class Chain(Block):
             offset = T.Bind(self.crew * self.crew_words)
             self.bias_at = [at + offset for at in self.bias_at]
             self.input_at = [at + offset for at in self.input_at]
-            self.scratch_at = self.scratch_at + offset
+            self.scratch_at, self.pooled_at = self.scratch_at + offset, self.pooled_at + offset
 
         def tile_at(turn: ir.Expr | int) -> Tile:
             return self.tile_of((turn * part.crews + self.crew) * (part.blocks // part.split) + block)
@@ -157,6 +159,8 @@ class Chain(Block):
                         self.gather()
             if part.is_cluster:
                 run("tdc_cluster_arrive")
+            if part.pools:
+                store_maxima(self)
             if part.rounds > 1:
                 # Shared memory is written again.
                 self.meet()
@@ -198,10 +202,14 @@ class Chain(Block):
 
         def finish(stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
             pixel = T.Bind(self.rank * group + pixel)
-            inside = all_of(pixel < part.tile_pixels if part.tile_pixels % part.split else True)
-            when(inside, lambda: self.finish(stage, pixel, channel, values))
+            when(all_of(self.is_in_tile(pixel)), lambda: self.finish(stage, pixel, channel, values))
 
         self.add_up(stage, self.inbox_at, part.split, group, part.group_words, finish)
+
+    def is_in_tile(self, pixel: ir.Expr) -> ir.Expr | bool:
+        """Whether a pixel of those that the blocks of a cluster finish is one of the tile."""
+        part = self.part
+        return pixel < part.tile_pixels if part.group_pixels * part.split > part.tile_pixels else True
 
     def gather(self) -> None:
         """Send what the core hands on of this block's pixels to the other blocks, and wait for theirs."""
@@ -586,14 +594,12 @@ class Chain(Block):
 
     def finish(self, stage: int, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer) -> None:
         """Add the bias to sums and hand them on: to the next stage, or to the output."""
-        part, rows = self.part, self.result_rows(stage)
+        rows = self.result_rows(stage)
         if self.buffers.biases[stage] is not None:
             with unrolled(rows) as row:
                 bias = self.shared[self.bias_at[stage] + channel + row]
                 T.buffer_store(values, values[row] + bias, [row])
         if stage == self.last:
-            if part.has_own_channels(stage) and part.split > 1:
-                channel = T.Bind(self.rank * part.slice_channels(stage) + channel)
             self.store(pixel, channel, values, rows)
         else:
             self.hand_on(stage, pixel, channel, values, rows)
@@ -617,12 +623,15 @@ class Chain(Block):
             at = self.place_of(stage + 1, self.input_at[stage + 1], pixel, vector + start // 4) + within
             run(f"tdc_move{min(4, count - start)}", self.place(at), address(words, start))
 
-    def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
-        """FP32 values as the words that are stored, and how many."""
+    def round(self, values: tirx.Buffer, rows: int) -> None:
+        """Round what TF32 multiplies next: tensor cores cut off, so that errors of many layers would add up."""
         if self.part.precision == "tf32":
-            # Tensor cores would cut off what TF32 has no room for; the input, which is read once, is left to them.
             with unrolled(rows) as i:
                 T.buffer_store(values, call("tdc_tf32", values[i], returns="float32"), [i])
+
+    def to_words(self, values: tirx.Buffer, rows: int) -> tuple[tirx.Buffer, int]:
+        """FP32 values as the words that are stored, and how many."""
+        self.round(values, rows)
         if self.unit.dtype == "float32":
             return values, rows
         words = local(rows // 2)
@@ -632,14 +641,12 @@ class Chain(Block):
         return words, rows // 2
 
     def store(self, pixel: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
-        """Apply the epilogue and store to the output."""
-        part, epilogue, out, residual = self.part, self.epilogue, self.buffers.out, self.buffers.residual
-        start = self.buffers.out_start
-        core = part.core
+        """Apply the epilogue and store to the output, or where `store_maxima` finds it."""
+        part, epilogue, residual, own = self.part, self.epilogue, self.buffers.residual, channel
+        core, channel = part.core, self.out_channel(channel)
         y, x = self.place_in_tile(pixel)
         y, x = T.Bind(self.tile.out_y0 + y), T.Bind(self.tile.out_x0 + x)
         whole = part.out_width % rows == 0
-        covered = part.slice_channels(self.last) * (part.split if part.has_own_channels(self.last) else 1)
 
         def store() -> None:
             with unrolled(rows) as row:
@@ -649,21 +656,44 @@ class Chain(Block):
                     at = channel + row if whole else tirx.min(channel + row, part.out_width - 1)
                     value = value + T.cast(residual[self.tile.image, y, x, at], "float32")
                 T.buffer_store(values, clip(value, epilogue), [row])
-            if not whole:
-                with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
-                    value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
-                    T.buffer_store(out, value, [self.tile.image, y, x, start + channel + row])
-                return
-            words, count = (values, rows) if out.dtype == "float32" else self.to_words(values, rows)
-            for first in range(0, count, 4):
-                width = min(4, count - first)
-                to = address(out, self.tile.image, y, x, start + channel + first * rows // count)
-                run(f"tdc_move{width}", to, address(words, first))
+            if part.pools:
+                put_result(self, pixel, own, values, rows)
+            else:
+                self.write(y, x, channel, values, rows)
 
         inside = all_of(
             self.tile.exists,
             y < core.out_height if core.out_height % part.tile_h else True,
             x < core.out_width if core.out_width % part.tile_w else True,
-            channel < part.out_width if covered > part.out_width else True,
+            self.is_stored(channel),
         )
         when(inside, store)
+
+    def out_channel(self, channel: ir.Expr) -> ir.Expr:
+        """The channel of the output that one of this block's last stage is."""
+        part = self.part
+        if part.has_own_channels(self.last) and part.split > 1:
+            return T.Bind(self.rank * part.slice_channels(self.last) + channel)
+        return channel
+
+    def is_stored(self, channel: ir.Expr) -> ir.Expr | bool:
+        """Whether a channel that some block computes is one of the output."""
+        part = self.part
+        covered = part.slice_channels(self.last) * (part.split if part.has_own_channels(self.last) else 1)
+        return channel < part.out_width if covered > part.out_width else True
+
+    def write(self, y: ir.Expr, x: ir.Expr, channel: ir.Expr, values: tirx.Buffer, rows: int) -> None:
+        """Store neighbouring channels of a pixel to the output."""
+        part, out, start = self.part, self.buffers.out, self.buffers.out_start
+        if part.out_width % rows:
+            if not self.buffers.is_result:
+                self.round(values, rows)
+            with unrolled(rows) as row, T.If(channel + row < part.out_width), T.Then():
+                value = T.cast(values[row], out.dtype) if out.dtype != "float32" else values[row]
+                T.buffer_store(out, value, [self.tile.image, y, x, start + channel + row])
+            return
+        words, count = (values, rows) if self.buffers.is_result else self.to_words(values, rows)
+        for first in range(0, count, 4):
+            width = min(4, count - first)
+            to = address(out, self.tile.image, y, x, start + channel + first * rows // count)
+            run(f"tdc_move{width}", to, address(words, first))

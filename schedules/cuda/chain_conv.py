@@ -145,7 +145,7 @@ def make_kernel(
         x = T.arg("x", T.buffer((first.batch, first.height, columns, in_width), dtype))
         given = {key: T.arg(key, T.buffer((array.size,), str(array.dtype))) for key, array in constants.items()}
         residual = T.arg("residual", T.buffer(out_shape, dtype)) if epilogue.residual else None
-        out = T.arg("out", T.buffer((*out_shape[:3], out_width), tensors.out_dtype or dtype))
+        out = T.arg("out", T.buffer((*last.stored_extents[:3], out_width), tensors.out_dtype or dtype))
         middle = [T.arg(f"between{i}", T.buffer(extents, dtype)) for i, extents in enumerate(between)]
         outputs, inputs = [*middle, out], [x, *middle]
         at = 0
@@ -161,6 +161,7 @@ def make_kernel(
                 residual if is_last else None,
                 given.get("prologue") if number == 0 else None,
                 tensors.out_start if is_last else 0,
+                is_last and tensors.out_dtype is not None,
                 [weight_scale(weights[i]) for i in stage_numbers],
             )
             chain = Chain(part, epilogue if is_last else Epilogue(), buffers, prologue if number == 0 else None)

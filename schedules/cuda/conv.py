@@ -175,7 +175,9 @@ def _space(
             continue
         if unit.halves and not chain_conv.make_part(stages, (1, 1, 1, 0, 4, 1, group), device).is_memory_bound:
             continue
-        shapes = tiles(core, _LEAST, _MOST) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS)
+        # Maxima of 2x2 are of one tile.
+        step = 2 if stages[-1].pool else 1
+        shapes = tiles(core, _LEAST, _MOST, step) if unit.warps == 1 else tiles_of_eights(core, MAX_PIXELS, step)
         if not shapes:
             continue
         sharing: np.ndarray = np.array(splits(stages, core))

@@ -190,9 +190,26 @@ class Division:
         return self.tile_h * self.tile_w
 
     @property
+    def pools(self) -> bool:
+        """Whether the maximum of each 2x2 results is all that is stored."""
+        return self.stages[-1].pool
+
+    @property
+    def has_whole_windows(self) -> Number:
+        """Whether no 2x2 results of which the maximum is stored are of several tiles."""
+        return (self.tile_h % 2 == 0) & (self.tile_w % 2 == 0) if self.pools else True
+
+    @property
+    def row_pixels_of_tile(self) -> Number:
+        """Positions of a row that follow each other; then come those below."""
+        kept = self.rows_kept(self.core_index) > 1
+        return self.tile_w + kept * (self.unit.pixels - self.tile_w)
+
+    @property
     def group_pixels(self) -> Number:
-        """Those that one block of a cluster finishes."""
-        return ceil_div(self.tile_pixels, self.split)
+        """Those that one block of a cluster finishes; where it stores maxima of them, whole pairs of rows."""
+        pixels = ceil_div(self.tile_pixels, self.split)
+        return round_up(pixels, 2 * self.row_pixels_of_tile) if self.core.pool else pixels
 
     @of_stage
     def pixels(self, stage: int) -> Number:

@@ -196,19 +196,18 @@ _BODIES = {
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n"
       "@!done bra again;\\n}" :: "r"(box), "r"(parity) : "memory");
 }""",
-    "tdc_fetch": """void tdc_fetch(int to, const void* from, int bytes, int box) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      :: "r"(to), "l"(from), "r"(bytes), "r"(box) : "memory");
-}""",
-    # What is read but once is the first to leave the L2 cache.
-    "tdc_fetch_once": """void tdc_fetch_once(int to, const void* from, int bytes, int box) {
+    # Weights, which the next call reads again, are the last to leave the L2 cache, or the first where it has no room.
+    **{
+        name: f"""void {name}(int to, const void* from, int bytes, int box) {{
   asm volatile(
-      "{\\n .reg .b64 policy;\\n"
-      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\\n"
+      "{{\\n .reg .b64 policy;\\n"
+      "createpolicy.fractional.L2::{priority}.b64 policy, 1.0;\\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], policy;\\n}"
+      " [%0], [%1], %2, [%3], policy;\\n}}"
       :: "r"(to), "l"(from), "r"(bytes), "r"(box) : "memory");
-}""",
+}}"""
+        for name, priority in (("tdc_fetch", "evict_last"), ("tdc_fetch_once", "evict_first"))
+    },
     # To the shared memory of another block of the cluster, where ``to`` and ``box`` lie in this one's.
     "tdc_send": """void tdc_send(int from, int to, int box, int rank, int bytes) {
   int remote, remote_box;
@@ -275,6 +274,11 @@ def barrier() -> None:
     then keeps its registers in memory.  So schedules leave none out.
     """
     T.evaluate(ir.Call("tirx.tvm_storage_sync", [ir.StringImm("shared.dyn")], ret_ty="void"))
+
+
+def larger_of(one: ir.Expr, other: ir.Expr) -> ir.Expr:
+    """The larger of two, or the one that is no number."""
+    return tirx.Select(tirx.any(other > one, tirx.isnan(other)), other, one)
 
 
 def clip(value: ir.Expr, bounds: Epilogue | Prologue) -> ir.Expr:

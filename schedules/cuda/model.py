@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ _COPY_CYCLES = 55
 # Of a vector of the input that a prologue prepares: what a thread waits for, and of the processor for each of a warp's
 # elements (measured on an H100: 45 to 60 and 1.8 in FP16, 40 and 2.6 in TF32, 20 and 0.6 in FP32).
 _PREPARE_CYCLES, _PREPARE_RATE = 45, 1.8
+# Of the processor for 128 bytes that maxima are taken of: stored, read and compared (counted, not fitted).
+_MAXIMA_CYCLES = 4
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
     waited = waves - 1 + np.where(is_hidden, c.exposed, 1.0)
     first = smaller(early, 16 * part.chunk_vectors(0)) if part.has_bulk_copies else early
     inputs = part.in_pixels(0) * smaller(part.in_width, part.in_channels(0)) * unit.element_bytes
-    outputs = part.tile_pixels * ceil_div(part.out_width, part.split) * unit.element_bytes
+    stored = part.tile_pixels // (4 if part.pools else 1)
+    outputs = stored * ceil_div(part.out_width, part.split) * unit.element_bytes
     copies = ceil_div(inputs // 16, part.threads) * part.is_staged
     parts = {
         "launch": c.launch_us
@@ -205,6 +209,8 @@ def estimate_part(part: Part, is_one: bool = True, given: Constants | None = Non
         waited_for = waited_for + place.ring[i] * part.chunks(i) * c.chunk_cycles
         sums = part.pixels(i) * part.slice_channels(i) * work.splits / 32
         merge = (work.splits > 1) * (c.merge_cycles + together * sums * c.sum_cycles)
+        if i == part.last and part.pools:
+            merge = merge + c.merge_cycles + together * part.pooled_words / 32 * _MAXIMA_CYCLES
         once = c.stage_cycles + part.warps * c.meet_cycles
         stage = once + own + _both(busy - own, waited_for) + merge
         needed = needed + turns * busy
@@ -251,9 +257,10 @@ def _both(a: Number, b: Number, power: int = 2) -> Number:
 
 def _tensor_bytes(part: Part) -> int:
     """Size of the input and the output."""
-    first, last = part.stages[0], part.stages[-1]
-    elements = first.height * first.width * part.in_width + last.out_height * last.out_width * part.out_width
-    return first.batch * elements * part.unit.element_bytes
+    first, *_ = part.stages
+    inputs = first.batch * first.height * first.width * part.in_width
+    outputs = math.prod(part.stages[-1].stored_extents[:3]) * part.out_width
+    return (inputs + outputs) * part.unit.element_bytes
 
 
 def _missing_share(size: Number, device: DeviceSpec) -> Number:

@@ -173,6 +173,21 @@ class Part(Division):
                 words = larger(words, self.overrun_words(i))
         return words
 
+    @property
+    def pooled_pixels(self) -> Number:
+        """Results of a block that it takes maxima of: of a cluster's last sums, only those that it finishes."""
+        return self.tile_pixels + self.is_cluster * self.core.pool * (self.group_pixels - self.tile_pixels)
+
+    @property
+    def pooled_pitch(self) -> Number:
+        """Words from one pixel of them to the next."""
+        return self.slice_channels(self.last) * self.unit.element_bytes // 4 + 4
+
+    @property
+    def pooled_words(self) -> Number:
+        """Shared memory of them."""
+        return self.pools * self.pooled_pixels * self.pooled_pitch
+
     def overrun_words(self, stage: int) -> Number:
         """Words behind the end of a stage's input that its products read, and whose results are not used."""
         if stage != self.core_index or self.core.is_pointwise:
@@ -268,7 +283,8 @@ class Part(Division):
         """Shared memory without weights and the kernel's input."""
         handed_on = sum(self.input_words(i) for i in range(1, len(self.stages)))
         biases = sum(map(self.slice_channels, range(len(self.stages))))
-        return self.mailbox_words + biases + self.scratch_words + self.exchange_words + handed_on + BANKS
+        results = self.scratch_words + self.exchange_words + self.pooled_words
+        return self.mailbox_words + biases + results + handed_on + BANKS
 
     @functools.cached_property
     def fixed_words(self) -> Number:
@@ -356,6 +372,7 @@ class Part(Division):
         )
         most = MAX_CLUSTER if device.compute_capability >= 90 else 1
         fits = fits & ((self.split <= most) | (self.is_cluster == 0)) & ((self.crews == 1) | self.has_crews)
+        fits = fits & self.has_whole_windows
         if self.unit.name == "wgmma":
             fits = fits & self.has_rows_of_eight & self.is_staged
             for i in range(len(self.stages)):
@@ -392,6 +409,8 @@ class Part(Division):
         name, compute = self.device.name, self.device.compute_capability
         if self.tile_pixels > MAX_PIXELS:
             return f"needs tiles of {self.tile_h}x{self.tile_w} = {self.tile_pixels} pixels; at most {MAX_PIXELS}"
+        if not self.has_whole_windows:
+            return f"needs tiles of even height and width for maxima of 2x2; has tiles of {self.tile_h}x{self.tile_w}"
         if self.deep and len(self.stages) > 1:
             return f"divides the depth of a single stage (deep=1), and has {len(self.stages)} stages"
         if self.is_cluster and compute < 90:

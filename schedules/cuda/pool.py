@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tdc_tvm.schedules.cuda.arith import ceil_div
 from tdc_tvm.schedules.cuda.block import all_of, local, unrolled, when
-from tdc_tvm.schedules.cuda.intrinsics import address, call, clip, run
+from tdc_tvm.schedules.cuda.intrinsics import address, call, clip, larger_of, run
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.kernel import Kernel, Prologue, Tensors
 
@@ -222,9 +222,7 @@ class _Pool:
 
     def both(self, one: ir.Expr, other: ir.Expr) -> ir.Expr:
         """A sum, or the larger of two, or the one that is no number."""
-        if not self.shape.is_max:
-            return one + other
-        return tirx.Select(tirx.any(other > one, tirx.isnan(other)), other, one)
+        return larger_of(one, other) if self.shape.is_max else one + other
 
     def share(self, y_0: ir.Expr, x_0: ir.Expr) -> ir.Expr:
         """One over the pixels that a mean is of."""

@@ -43,33 +43,36 @@ def splits(stages: tuple[Conv2dShape, ...], core: Conv2dShape) -> list[tuple[int
     return found
 
 
-def extents(limit: int) -> list[int]:
-    """Tile extents worth trying for an image extent: divisors and powers of two."""
+def extents(limit: int, step: int = 1) -> list[int]:
+    """Tile extents worth trying for an image extent: divisors and powers of two, of these multiples of ``step``."""
     divisors = {d for d in range(1, min(limit, 32) + 1) if limit % d == 0}
     powers = {1 << i for i in range(6) if 1 << i < 2 * limit}
-    return sorted(divisors | powers)
+    return [extent for extent in sorted(divisors | powers) if extent % step == 0]
 
 
 # Asked for by each kernel that computes the core.
 @functools.lru_cache(maxsize=64)
-def tiles(core: Conv2dShape, least: int, most: int) -> list[tuple[int, int]]:
-    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long, nor too high."""
+def tiles(core: Conv2dShape, least: int, most: int, step: int = 1) -> list[tuple[int, int]]:
+    """Tiles of between ``least`` and ``most`` pixels (fewer if the image is smaller), not too long, nor too high.
+
+    Height and width are multiples of ``step``.
+    """
     least = min(least, core.out_height * core.out_width)
     found = []
-    for rows in extents(core.out_height):
-        for columns in extents(core.out_width):
+    for rows in extents(core.out_height, step):
+        for columns in extents(core.out_width, step):
             is_shape = rows <= 2 * columns and (columns <= 8 * rows or core.out_height == 1)
             if least <= rows * columns <= most and is_shape:
                 found.append((rows, columns))
-    return _distinct(core, found) or [(1, max(1, min(least, core.out_width)))]
+    return _distinct(core, found) or [(step, max(step, min(least, core.out_width) // step * step))]
 
 
 @functools.lru_cache(maxsize=64)
-def tiles_of_eights(core: Conv2dShape, most: int) -> list[tuple[int, int]]:
+def tiles_of_eights(core: Conv2dShape, most: int, step: int = 1) -> list[tuple[int, int]]:
     """Tiles for products of 64 pixels, of which at least half are of the tile."""
-    widths = extents(core.out_width) if core.is_pointwise else [8]
+    widths = extents(core.out_width, step) if core.is_pointwise else [8]
     # Of eight rows one can be idle, where that divides an image that powers of two do not.
-    heights = sorted({*extents(core.out_height), 7, 14})
+    heights = [height for height in sorted({*extents(core.out_height), 7, 14}) if height % step == 0]
     found = []
     for rows, columns in itertools.product(heights, widths):
         pixels = rows * columns

@@ -216,6 +216,15 @@ static float tdc_tf32(float value) {
   memcpy(&value, &word, 4);
   return value;
 }
+// What tensor cores multiply: of FP32 what TF32 has room for, the rest cut off.
+template <class T> static float operand(T value) { return float(value); }
+template <> float operand(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  word &= 0xffffe000;
+  memcpy(&value, &word, 4);
+  return value;
+}
 static Warp& warp_of_self() { return warps[(self->block * threads_of_block + self->thread) / 32]; }
 // `last` is done when all lanes have come.
 template <class F> static void with_warp(F last) {
@@ -256,7 +265,7 @@ template <class T> static void mma(float* c0, float* c1, const float* a0, const 
             const float* fragment = word < 2 ? warp.a0[source] : warp.a1[source];
             const T* a = (const T*)(fragment + word % 2 * 2 + row / 8);
             for (int i = 0; i < int(4 / sizeof(T)); ++i)
-              sums[word / 2] += float(a[i]) * float(b[word * (4 / sizeof(T)) + i]);
+              sums[word / 2] += operand(a[i]) * operand(b[word * (4 / sizeof(T)) + i]);
           }
         }
         int owner = row % 8 * 4 + column / 2, place = row / 8 * 2 + column % 2;
@@ -289,7 +298,8 @@ template <class T> static void multiply_group(const GroupProduct& product, int b
     for (int column = 0; column < product.channels; ++column) {
       float sum = 0;
       for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < n; ++i) sum += float(at(product.a, row, half)[i]) * float(at(product.b, column, half)[i]);
+        for (int i = 0; i < n; ++i)
+          sum += operand(at(product.a, row, half)[i]) * operand(at(product.b, column, half)[i]);
       int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
       product.sums[thread][column / 8 * 4 + row / 8 % 2 * 2 + column % 2] += sum;
     }

@@ -42,6 +42,11 @@ RESNET = [
     TuckerConvShape(Conv2dShape(1, 28, 28, 128, 128, (3, 3), padding=SAME), 96, 64),
     TuckerConvShape(Conv2dShape(1, 7, 7, 512, 512, (3, 3), padding=SAME), 192, 160),
 ]
+POOLED = [
+    Conv2dShape(1, 56, 56, 64, 64, (3, 3), padding=SAME, pool=True),
+    TuckerConvShape(Conv2dShape(1, 28, 28, 128, 128, (3, 3), padding=SAME, pool=True), 96, 64),
+    TuckerConvShape(Conv2dShape(1, 14, 14, 512, 512, (3, 3), padding=SAME, pool=True), 192, 160),
+]
 
 
 def has_compiler() -> bool:
@@ -106,6 +111,7 @@ WAYS = {
     "cluster": lambda part: bool(part.is_cluster),
     "rows kept": lambda part: part.rows_kept(part.core_index) > 1,
     "input ahead": lambda part: part.buffers > 1,
+    "maxima": lambda part: part.pools,
 }
 
 
@@ -125,7 +131,7 @@ def test_random_shapes_are_right_with_random_configurations(tmp_path):
         device = replace(H100, core_count=int(rng.choice([1, 8, 132])), smem_per_block_optin_bytes=smem_bytes)
         configs = conv.candidates(case.shape, device)
         configs = [configs[i] for i in rng.permutation(len(configs))[:60]]
-        wanted = list(WAYS)[number % len(WAYS)]
+        wanted = next((way for way in WAYS if way not in gone), list(WAYS)[number % len(WAYS)])
         config = next((config for config in configs if wanted in ways_of(config)), configs[0])
         gone |= ways_of(config)
         runs.append((case, config, device))
@@ -446,16 +452,18 @@ def test_a_residual_is_not_read_behind_its_end(tmp_path):
     assert not emulate(tmp_path, [(case, conv.choose(shape, H100)[0], H100)])
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("epilogue", [PLAIN, Epilogue(clip_min=0.0), Epilogue(clip_min=0.0, clip_max=6.0)], ids=str)
-def test_a_nan_reaches_the_outputs_that_depend_on_it_and_no_others(tmp_path, epilogue):
-    shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME), 4, 4)
+def test_a_nan_reaches_the_outputs_that_depend_on_it_and_no_others(tmp_path, epilogue, pool):
+    shape = TuckerConvShape(Conv2dShape(1, 8, 8, 4, 4, (3, 3), padding=SAME, pool=pool), 4, 4)
     kernel = kernel_for(shape, epilogue=epilogue)
     x = np.ones((1, 8, 8, 4), np.float32)
-    x[0, 0, 0] = np.nan
-    out = np.zeros((1, 8, 8, 4), np.float32)
+    x[0, 3, 4] = np.nan
+    out = np.zeros(shape.stages[-1].stored_extents, np.float32)
     Emulator({"k": kernel.func}, tmp_path)("k", [x, *kernel.constants, out])
     expected = np.zeros((8, 8), bool)
-    expected[:2, :2] = True
+    expected[2:5, 3:6] = True
+    expected = expected.reshape(4, 2, 4, 2).any((1, 3)) if pool else expected
     np.testing.assert_array_equal(np.isnan(out[0, :, :, 0]), expected)
 
 
@@ -487,7 +495,7 @@ def test_a_third_of_the_processors_or_more_get_a_block(shape):
 
 
 @pytest.mark.parametrize("device", list(GPUS.values()), ids=lambda device: device.name)
-@pytest.mark.parametrize("shape", RESNET, ids=str)
+@pytest.mark.parametrize("shape", [*RESNET, *POOLED], ids=str)
 def test_candidates_run_and_the_cheapest_is_chosen(shape, device):
     configs = conv.candidates(shape, device)
     assert configs
@@ -528,17 +536,18 @@ def test_products_of_four_warps_are_not_serialised(caplog):
     """ptxas makes each wait for the one before where it does not see that registers are left alone meanwhile."""
     caplog.set_level("DEBUG", "tdc_tvm.cuda_toolchain")
     functions = {}
-    for precision in ("fp16", "tf32"):
-        shape = TuckerConvShape(Conv2dShape(1, 56, 56, 128, 128, (3, 3), padding=SAME, precision=precision), 64, 32)
+    for precision, pool in (("fp16", False), ("tf32", False), ("fp16", True)):
+        dense = Conv2dShape(1, 56, 56, 128, 128, (3, 3), padding=SAME, precision=precision, pool=pool)
+        shape = TuckerConvShape(dense, 64, 32)
         for i, config in enumerate(
             [
-                config_of("tile", (7, 8, 1, 8, 4)),
+                config_of("tile", (8 if pool else 7, 8, 1, 8, 4)),
                 config_of("tile", (16, 8, 1, 12, 4)),
                 config_of("cluster", (8, 8, 2, 8, 4)),
                 config_of("dense", (8, 8, 2, 16, 4)),
             ]
         ):
-            functions[f"{precision}_{i}"] = kernel_for(shape, config, bias=False).func
+            functions[f"{precision}_{pool}_{i}"] = kernel_for(shape, config, bias=False).func
     source = cuda_source(functions)
     find_cuda_compiler().compile(source, "sm_90")
     assert caplog.text.count("registers") >= len(functions)
@@ -557,7 +566,7 @@ def test_picks_keep_their_arrays_in_registers(tmp_path, name):
     precisions = [p for p in DTYPES if p in ("fp32", "fp16") or device.compute_capability >= 80]
     functions = {}
     for precision in precisions:
-        for i, shape in enumerate(RESNET):
+        for i, shape in enumerate([*RESNET, *POOLED]):
             func = kernel_for(shape.with_precision(precision), epilogue=Epilogue(True, 0.0), device=device).func
             functions[f"{precision}_{i}"] = func.with_attr("global_symbol", f"{precision}_{i}")
     with cuda_compiler(target):
@@ -642,10 +651,12 @@ def test_a_prologue_is_predicted():
         assert least < with_one - without < most
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
-    shape = Conv2dShape(2, 9, 8, 64, 32, (3, 3), (2, 1), SAME, precision=precision)
-    strips, functions, data = Tensors(96, None, 80, 16), {}, {}
+def test_channels_are_strips_of_wider_tensors(tmp_path, precision, pool):
+    shape = Conv2dShape(2, 9, 8, 64, 32, (3, 3), (2, 1), SAME, precision=precision, pool=pool)
+    # Maxima as a network's result, too.
+    strips, functions, data = Tensors(96, None, 80, 16, "float32" if pool else None), {}, {}
     configs = conv.candidates(shape, H100)
     for config in configs[:: len(configs) // 12]:
         name = f"case{len(functions)}"
@@ -660,7 +671,7 @@ def test_channels_are_strips_of_wider_tensors(tmp_path, precision):
         data[name] = [wide, *kernel.constants, residual], gpu_check.reference(case, x, weights, residual), str(config)
     emulator = Emulator(functions, tmp_path)
     for name, (inputs, expected, text) in data.items():
-        out = np.full((*expected.shape[:3], 80), np.nan, inputs[0].dtype)
+        out = np.full((*expected.shape[:3], 80), np.nan, strips.out_dtype or inputs[0].dtype)
         emulator(name, [*inputs, out])
         assert gpu_check.error_of(out[..., 16:48], expected) <= gpu_check.tolerance(precision, case.depth), text
         assert np.isnan(out[..., :16]).all()
@@ -701,4 +712,43 @@ def test_weights_that_memory_bounds_lie_in_the_order_of_their_chunks(tmp_path, p
     parts = [part for _, config, one in runs for part in parts_of(dense, config, one)]
     assert {bool(part.is_streamed) for part in parts} == {False, True}
     assert {bool(part.placement.ring[0]) for part in parts} == {False, True}
+    assert not emulate(tmp_path, runs)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_maxima_of_2x2_are_all_that_is_stored(tmp_path, precision):
+    """Of odd extents, several tiles a block, channels and depths in parts, crews, clusters and their sums."""
+    small = replace(H100, core_count=2)
+    dense = Conv2dShape(2, 13, 17, 40, 24, (3, 3), padding=SAME, precision=precision, pool=True)
+    case = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(True, 0.0), (True, True, True))
+    merged = gpu_check.Case(TuckerConvShape(dense, 33, 17), Epilogue(), (False, True, False))
+    conv_case = gpu_check.Case(dense, Epilogue(True, -0.5, 1.5), (True,))
+    strided = replace(dense, stride=(2, 1), out_channels=19)
+    odd_channels = gpu_check.Case(strided, Epilogue(), (True,))
+    runs = [
+        (case, config_of("tile", (4, 8, 1, 4)), H100),
+        (case, config_of("tile", (6, 2, 1, 2)), small),
+        (case, config_of("cluster", (4, 8, 3, 2)), small),
+        (case, config_of("two", (3, 5, 1, 4), (2, 8, 2, 2), cut=1), H100),
+        (case, config_of("two", (5, 4, 2, 8), (2, 6, 1, 4), cut=2), small),
+        (case, config_of("three", (5, 3, 1, 2), (3, 3, 1, 4), (4, 4, 2, 1)), small),
+        (case, config_of("three", (4, 4, 2, 2, 1, 1), (3, 4, 3, 4, 1, 1), (6, 4, 2, 1, 1, 1)), H100),
+        (merged, config_of("dense", (4, 4, 2, 4)), H100),
+        (conv_case, config_of("conv", (8, 8, 2, 4)), small),
+        (conv_case, config_of("conv", (8, 8, 3, 4, 1, 1)), H100),
+        (conv_case, config_of("conv", (4, 6, 3, 4, 1, 1)), small),
+        (conv_case, config_of("conv", (4, 4, 1, 2, 1, 0, 3)), small),
+        (odd_channels, config_of("conv", (2, 4, 1, 2)), H100),
+    ]
+    if precision == "fp32":
+        runs.append((case, config_of("tile", (8, 8, 1, 2, 4, 0, 2)), H100))
+    else:
+        runs.append((case, config_of("tile", (8, 8, 1, 8, 4)), small))
+        runs.append((case, config_of("cluster", (4, 8, 2, 4, 4)), H100))
+        runs.append((conv_case, config_of("conv", (14, 8, 2, 8, 4, 1)), small))
+        runs.append((odd_channels, config_of("conv", (4, 8, 1, 4, 4, 0, 2)), small))
+    parts = [parts_of(case.shape, config, device)[-1] for case, config, device in runs]
+    assert {part.rounds > 1 for part in parts} == {False, True}
+    assert any(part.is_cluster and part.core.pool and part.rows_kept(0) > 1 for part in parts)
+    assert any(part.group_pixels * part.split > part.tile_pixels for part in parts if part.core.pool)
     assert not emulate(tmp_path, runs)

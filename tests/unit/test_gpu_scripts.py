@@ -307,8 +307,8 @@ def test_the_commands_of_the_readme_are_understood(script, line, monkeypatch):
 
     parse = argparse.ArgumentParser.parse_args
 
-    def parse_and_stop(parser):
-        parse(parser)
+    def parse_and_stop(parser, *arguments):
+        parse(parser, *arguments)
         raise UnderstoodError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
@@ -547,6 +547,13 @@ def test_a_stride_passes_over_pixels():
     assert launch.moved_bytes == 4 * (7 * 7 * 64 + 64 * 128 + 7 * 7 * 128)
 
 
+def test_maxima_are_what_is_written():
+    shape = Conv2dShape(1, 15, 14, 64, 128, (1, 1), pool=True)
+    op = ConvOp("layer", shape, Epilogue(residual=True), (), (0, 1), "NHWC", None)
+    (launch,) = network_floor.conv_launches(op, KernelConfig("conv"), False)
+    assert launch.moved_bytes == 4 * (15 * 14 * 64 + 64 * 128 + 15 * 14 * 128 + 7 * 7 * 128)
+
+
 def test_weights_can_be_stored_in_half():
     shape = Conv2dShape(1, 1, 3, 64, 128, (1, 1), precision="tf32")
     op = ConvOp("layer", shape, Epilogue(), (), (0,), "NHWC", None)
@@ -560,7 +567,7 @@ class SmallNetwork(torch.nn.Sequential):
         super().__init__(
             conv(3, 16, 8, 8),
             torch.nn.ReLU(),
-            torch.nn.MaxPool2d(2),
+            torch.nn.MaxPool2d(3, 2, 1),
             conv(16, 4, 1, bias=False),
             conv(4, 4, 3, padding=1, bias=False),
             conv(4, 16, 1),
@@ -573,7 +580,9 @@ class SmallNetwork(torch.nn.Sequential):
 def test_kernels_and_memory_of_a_network(tmp_path):
     export_onnx(SmallNetwork().eval(), (2, 3, 64, 64), tmp_path / "m.onnx")
     launches, memory = network_floor.analyse(tmp_path / "m.onnx", resolve_target("sm_90"), "fp16")
-    ours = [launch for launch in launches if launch.is_early]
+    fold, *ours = [launch for launch in launches if launch.is_early]
+    assert fold.macs == 0
+    assert fold.moved_bytes >= 2 * 3 * 64 * 64 * (4 + 2)
     macs = [2 * 8 * 8 * 16 * 3 * 64, 0, 2 * 4 * 4 * (64 + 144 + 64), 0, 2 * 160]
     dense = 2 * 4 * 4 * 16 * 16 * 9
     assert [launch.macs for launch in ours if launch.macs not in (macs[2], dense)] == [macs[0], 0, 0, macs[4]]

@@ -107,6 +107,7 @@ def add_as_bias(shape, first):
 
 EPILOGUES = {
     "relu": lambda b, x, y: b.node("Relu", y),
+    "relu and maxima": lambda b, x, y: b.node("MaxPool", b.node("Relu", y), kernel_shape=[2, 2], strides=[2, 2]),
     "relu then clip": lambda b, x, y: b.node(
         "Clip", b.node("Relu", y), constant(b, 0.1), constant(b, 0.5)
     ),

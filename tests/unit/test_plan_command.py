@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from tdc_tvm import cli
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
-from tdc_tvm.plan_command import load_model
+from tdc_tvm.plan_command import load_network
+from tdc_tvm.schedules.shape import Conv2dShape
+from tdc_tvm.training.conv_calls import conv_calls
+from tdc_tvm.training.latency_table import LatencyTable, LayerLatencies
 
 MODULE = """
 from torch import nn
@@ -63,7 +66,9 @@ OWN = ("own_models:net", "--device", "H100", "--precision", "tf32", "--input", "
 
 
 def test_the_main_job(folder):
-    torch.save({"state_dict": {f"module.{k}": v for k, v in load_model(OWN[0], None)[0].state_dict().items()}}, "w.pt")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in load_network(OWN[0], None)[0].state_dict().items()}}, "w.pt"
+    )
     arguments = (*OWN, "--max-error", "0.5", "--theta", "0", "--weights", "w.pt", "--data", "images", "--batch", 64)
     text = tdc_plan(*arguments, "--table", "table.json", "--macs-plan", "macs.json", "--pareto", "front.html")
     assert "convolutions of own_models:net on H100, tf32" in text
@@ -95,7 +100,7 @@ def test_the_main_job(folder):
         (("--mac-reduction", "0.99"), r"99.0% fewer MACs cannot be reached: 0.0% is the most"),
         (("--speedup", 2, "--device", "H1"), "no device 'H1'"),
         (("--speedup", 2, "--input", "224x224"), "cannot read the input '224x224'; expected channels"),
-        (("--speedup", 2, "--input", "1x16x16", "--data", "images"), "--data gives images of 3 channels"),
+        (("--speedup", 2, "--input", "1x16x16", "--data", "images"), "--data gives square images of 3 channels"),
         (("--speedup", 2, "--data", "nowhere"), "cannot read images from nowhere"),
         (("--speedup", 2, "--output", "plan.txt"), r"a plan ends in .json or .yaml or .yml; found 'plan.txt'"),
         (("--speedup", 2, "--pareto", "front.pdf"), "a front ends in .png or .html"),
@@ -126,16 +131,38 @@ def test_mistakes_leave_nothing_behind(folder, arguments, message):
 )
 def test_models_that_are_not_there(folder, name, weights, message):
     with pytest.raises(TdcError, match=message):
-        load_model(name, weights)
+        load_network(name, weights)
 
 
 def test_checkpoints_that_do_not_fit(folder):
     torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
     with pytest.raises(TdcError, match=r"other.pt does not fit Sequential: Missing key"):
-        load_model("own_models:net", "other.pt")
+        load_network("own_models:net", "other.pt")
     torch.save([1, 2], "list.pt")
     with pytest.raises(TdcError, match=r"list.pt does not fit Sequential"):
-        load_model("own_models:net", "list.pt")
+        load_network("own_models:net", "list.pt")
+
+
+def test_a_trained_checkpoint_says_what_it_takes(folder):
+    from tdc_tvm.training.checkpoint import save_checkpoint
+    from tdc_tvm.training.config import ModelConfig
+    from tdc_tvm.training.models import create_model
+
+    model = create_model(ModelConfig("resnet18", small_images=True), classes=2)
+    info = {"model": {"name": "resnet18", "small_images": True}, "classes": 2, "channels": 3, "image_size": 16,
+            "mean": [0.5] * 3, "std": [0.25] * 3}  # fmt: skip
+    save_checkpoint("net.safetensors", model.state_dict(), info)
+    table = LatencyTable("H100", "fp32", "made up")
+    convs = conv_calls(model, (1, 3, 16, 16), "fp32")[0]
+    shapes = {Conv2dShape(1, 1, 1, 512, 2), *(shape for calls in convs.values() for shape in calls)}
+    table.layers = {shape: LayerLatencies(1.0) for shape in shapes}
+    table.save("table.json")
+    arguments = ("net.safetensors", "--device", "H100", "--max-error", 1, "--table", "table.json", "--data", "images")
+    text = tdc_plan(*arguments, "-o", "plan.json")
+    assert "ranks for 0 of 20 convolutions of net.safetensors on H100" in text
+    assert "random weights" not in text
+    with pytest.raises(TdcError, match="has weights of its own; leave --weights out"):
+        tdc_plan(*arguments, "-o", "plan.json", "--weights", "DEFAULT")
 
 
 def test_damaged_images_and_foreign_classes_are_named(folder):

@@ -36,6 +36,9 @@ CPU = DeviceSpec.from_target(Target("llvm"))
         ({"precision": "int8"}, "unknown precision 'int8'; use one of fp32"),
         ({"precision": ["fp32"]}, "unknown precision ['fp32']; use one of fp32"),
         ({"out_channels": 0}, "extents must be positive"),
+        ({"pool": 1}, "found pool=1; expected True or False"),
+        ({"pool": True, "groups": 8}, "maxima of 2x2 of 14x14 outputs in 8 group(s); there must be 2x2 or more, and"),
+        ({"pool": True, "stride": (14, 1)}, "maxima of 2x2 of 1x14 outputs in 1 group(s)"),
     ],
 )
 def test_impossible_convolutions(fields, message):
@@ -70,6 +73,8 @@ def test_other_impossible_values(make, message):
         (replace(DENSE, padding=(1, 0, 1, 2), groups=2), "1x14x14x32 -> 64, 3x3 padding 1x0x1x2 groups 2"),
         (TUCKER, "1x14x14x32 -> 64, 3x3 at ranks (16, 24)"),
         (replace(TUCKER, reduce_bias=True), "1x14x14x32 -> 64, 3x3 at ranks (16, 24) with a bias of the first stage"),
+        (replace(DENSE, precision="fp16", pool=True), "1x14x14x32 -> 64, 3x3 fp16 + 2x2 max"),
+        (replace(TUCKER, dense=replace(DENSE, pool=True)), "1x14x14x32 -> 64, 3x3 + 2x2 max at ranks (16, 24)"),
     ],
 )
 def test_texts_tell_shapes_apart(shape, text):
@@ -99,6 +104,7 @@ def test_the_largest_tensor_that_32_bit_indices_reach():
         (replace(GROUPED, precision="bf16"), RTX_2080_TI, "computes grouped convolutions in fp32 only"),
         (replace(GROUPED, precision="fp16"), H100, "H100 (sm_90) computes grouped convolutions in fp32 only"),
         (replace(DENSE, precision="tf32"), CPU, "needs tf32; CPUs compute in fp32 only"),
+        (replace(DENSE, pool=True), CPU, "stores maxima of 2x2, which only CUDA schedules do"),
         (TuckerConvShape(replace(DENSE, precision="fp16"), 16, 24), CPU, "needs fp16; CPUs compute in fp32 only"),
     ],
 )
@@ -189,6 +195,8 @@ def config_with(strategy, drop=(), **changes):
         (TUCKER, config_with("tile", group=2), "has group=2; expected 1 or 4"),
         (replace(DENSE, precision="fp16"), config_with("conv", tile_w=8, group=2), "has group=2; expected 1 or 4"),
         (DENSE, config_with("conv", tile_h=224, tile_w=224), "tiles of 224x224 = 50176 pixels; at most 256"),
+        (replace(DENSE, pool=True), config_with("conv", tile_h=3), "even height and width for maxima of 2x2; has"),
+        (replace(TUCKER, dense=replace(DENSE, pool=True)), config_with("two", tile_w1=3, tile_w=7), "has tiles of 4x3"),
         (DENSE, config_with("conv", split=1000), "has split=1000; expected an int from 1 to 256"),
         (DENSE, config_with("conv", deep=9), "has deep=9; expected 0 or 1"),
         (DENSE, config_with("conv", tile_h=4.0), "has tile_h=4.0; expected an int from 1 to 256"),
