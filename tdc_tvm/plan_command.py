@@ -87,7 +87,7 @@ def plan(
     samples: Annotated[
         int, typer.Option("--samples", min=1, metavar="N", help="Images of --data that are used.")
     ] = 128,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Chooses the images.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Chooses images, and random weights.")] = 0,
     table: Annotated[
         Path | None,
         typer.Option("--table", metavar="FILE", help="Latencies (.json): read if there, or measured; else written."),
@@ -124,6 +124,10 @@ def plan(
         check_plots()
     if table is not None and not table.exists():
         check_output(table, "a table of latencies", (".json",))
+    # Not before tdc_tvm.training, which says how to install it.
+    import torch
+
+    torch.manual_seed(seed)
     given = None if input_shape is None else _extents(input_shape)
     network, info = load_network(model, weights)
     size = info.get("image_size", 224)
