@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from tdc_tvm import __version__, cli_training
 from tdc_tvm.errors import TdcError
+from tdc_tvm.plan_command import plan
 
 # Names of layers and files may hold brackets, which rich would take for its markup.
 console = Console(markup=False, highlight=False)
@@ -31,7 +32,7 @@ messages = Console(stderr=True)
 
 main = typer.Typer(
     name="tdc",
-    help="Fast Tucker-compressed CNNs on Apache TVM: compress, build, run, verify, measure.",
+    help="Fast Tucker-compressed CNNs on Apache TVM: plan, compress, build, run, verify, measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -200,6 +201,7 @@ def compress(
     console.print(f"parameters {before:,} -> {data['parameters'][1]:,}; wrote {output}", soft_wrap=True)
 
 
+main.command()(plan)
 cli_training.register(main.command)
 
 

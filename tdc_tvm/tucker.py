@@ -138,6 +138,49 @@ def ranks_by_energy(kernel: np.ndarray, energy: float) -> tuple[int, int]:
     return _rank_of_mode(kernel, 0, energy), _rank_of_mode(kernel, 1, energy)
 
 
+def truncation_errors(kernel: np.ndarray) -> np.ndarray:
+    """The error of the truncated higher-order SVD, for all ranks at once.
+
+    Parameters
+    ----------
+    kernel : numpy.ndarray
+        Shape ``(out_channels, in_channels, kernel_h, kernel_w)``, a floating-point type.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape ``(out_channels, in_channels)``, float64: at ``[rank_out - 1, rank_in - 1]`` stands
+        ``||K - K'||^2 / ||K||^2``; zeros for a kernel of zeros.  The iteration of `tucker2` begins there
+        and ends at an error that is not larger.
+
+    Raises
+    ------
+    TdcError
+        If the kernel is not a finite four-dimensional floating-point array.
+
+    Notes
+    -----
+    The factors of lower ranks are the first columns of the full ones, whose core has the kernel's norm:
+    what is lost is the energy of the core outside of its first ``rank_out x rank_in`` slices (De Lathauwer,
+    De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000, section 3).
+    """
+    exact = _checked(kernel).astype(np.float64)
+    norm = float(np.linalg.norm(exact))
+    if norm == 0.0:
+        return np.zeros(exact.shape[:2])
+    core = exact / norm
+    for mode in (0, 1):
+        unfolded = np.moveaxis(exact / norm, mode, 0).reshape(exact.shape[mode], -1)
+        _, vectors = np.linalg.eigh(unfolded @ unfolded.T)
+        core = np.moveaxis(np.tensordot(vectors[:, ::-1].T, core, axes=(1, mode)), 0, mode)
+    energy = np.square(core).sum(axis=(2, 3))
+    # What lies below the first rows, and to the right of the first columns within these rows; one minus the energy
+    # that is kept would cancel.
+    below = energy[::-1].sum(axis=1).cumsum()[::-1] - energy.sum(axis=1)
+    right = (energy[:, ::-1].cumsum(axis=1)[:, ::-1] - energy).cumsum(axis=0)
+    return (below[:, None] + right).clip(min=0.0)
+
+
 def check_ranks(ranks: tuple[int, int], channels: tuple[int, ...], layer: str = "the kernel") -> None:
     """Refuse ranks that do not fit ``channels``, given as ``(out_channels, in_channels)``.
 

@@ -11,11 +11,14 @@ from tdc_tvm.training.compression import History, compress
 from tdc_tvm.training.decompose import TuckerConv2d, apply_plan, decompose
 from tdc_tvm.training.export import export_onnx
 from tdc_tvm.training.models import load_model, load_weights
+from tdc_tvm.training.ranks import RankProblem, choose_ranks
 
 __all__ = [
     "History",
+    "RankProblem",
     "TuckerConv2d",
     "apply_plan",
+    "choose_ranks",
     "compress",
     "decompose",
     "export_onnx",
