@@ -85,8 +85,8 @@ def build(
     input_shapes : mapping of input name to shape, optional
         For inputs with dynamic dimensions.
     batch : int or sequence of int, optional
-        Size of a dynamic leading dimension.  Several sizes share one library: the first is its function ``main``, a
-        further one of 8 is ``main_8``.
+        Size of a dynamic leading dimension, whatever ``input_shapes`` has there.  Several sizes share one library:
+        the first is its function ``main``, a further one of 8 is ``main_8``.
     require_full_fusion : bool
         Fail if a Tucker layer cannot be one operator.
     verify : bool

@@ -260,7 +260,7 @@ def freeze_shapes(
     input_shapes : mapping of input name to shape, optional
         Needed for inputs that have dynamic dimensions beyond the leading one.
     batch : int, optional
-        The size of a dynamic leading dimension.
+        The size of a dynamic leading dimension, whatever ``input_shapes`` has there.
 
     Returns
     -------
@@ -302,7 +302,7 @@ def freeze_shapes(
                 raise TdcError(
                     f"input {value.name!r} is declared as {_dims(declared)}; input_shapes gives {_dims(shape)}"
                 )
-        elif shape and isinstance(shape[0], str) and batch is not None:
+        if declared and isinstance(declared[0], str) and batch is not None:
             shape[0] = int(batch)
         if any(isinstance(extent, str) for extent in shape):
             hint = (
