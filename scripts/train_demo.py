@@ -29,7 +29,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
@@ -105,10 +104,10 @@ class DemoNet(nn.Module):
 
 def read_onnx(path: Path) -> DemoNet:
     """Read an exported network back; batch normalisation, which is folded into the kernels, only adds the bias."""
-    tensors = {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        for tensor in onnx.load(path).graph.initializer
-    }
+    from tdc_tvm.onnx_model import load_onnx
+
+    weights = load_onnx(path).graph.initializer
+    tensors = {weight.name: torch.from_numpy(numpy_helper.to_array(weight).copy()) for weight in weights}
     net = DemoNet().eval()
     state = net.state_dict()
     try:
@@ -156,7 +155,7 @@ def train(args: argparse.Namespace) -> None:
         mean=[0.0], std=[1.0],
     )  # fmt: skip
     dense_phase = PhaseConfig(epochs=args.epochs, lr=0.2, warmup_epochs=5)
-    # Twice the half: as many epochs again.
+    # Two of them: as many epochs again.
     half = PhaseConfig(epochs=args.epochs // 2, lr=0.05)
     options = CompressConfig(
         admm=AdmmConfig(projection_interval=50),
@@ -284,7 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     first = commands.add_parser("plan", help="choose ranks by latency; needs TVM")
     first.add_argument("--weights", type=Path, default=DEMO / "fashion_mnist.onnx", help="the dense network")
     first.add_argument("--device", default="x86-64-v3", help="LLVM's name of a processor, or a GPU such as H100")
-    first.add_argument("--threads", type=int, default=4, help="cores of the processor")
+    first.add_argument(
+        "--threads", type=int, choices=range(1, 257), default=4, metavar="N", help="cores of the processor"
+    )
     first.add_argument("--speedup", type=float, default=3.0, help="predicted, of the whole network")
     first.add_argument("-o", "--output", type=Path, default=DEMO / "plan.json")
     second = commands.add_parser("train", help="train, compress and export; needs no TVM")

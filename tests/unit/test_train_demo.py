@@ -86,6 +86,15 @@ def test_the_exported_network_is_read_back(train_demo):
         np.testing.assert_allclose(net(torch.from_numpy(images)).numpy(), expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("weights", "error"), [("{model}", "is not the demo's network"), ("none.onnx", "cannot read the model none.onnx")]
+)
+def test_other_weights_are_refused(train_demo, model_path, tmp_path, monkeypatch, weights, error):
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")  # restored after the test
+    with pytest.raises(SystemExit, match=error):
+        train_demo.main(["plan", "--weights", weights.format(model=model_path), "-o", str(tmp_path / "plan.json")])
+
+
 def test_the_plan_is_for_a_stated_processor(train_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TVM_NUM_THREADS", "1")  # restored after the test
     train_demo.main(["plan", "-o", str(tmp_path / "plan.json"), "--device", "haswell", "--threads", "3"])
