@@ -1,59 +1,60 @@
-"""Train the demo's small residual CNN on Fashion-MNIST and export it to ONNX.
+"""The demo's networks: a residual CNN trained on Fashion-MNIST, and its Tucker form, trained by ADMM.
 
-The ONNX file takes float32 images of shape (batch, 1, 28, 28) with values from 0 to 1.  Beside it a
-JSON record of the run is written.  A GPU takes a few minutes; ``--smoke`` shows on a CPU that
-everything works.
+    python scripts/train_demo.py plan                                   # ranks by latency: scripts/demo/plan.json
+    python scripts/train_demo.py train --data FOLDER [--budget SECONDS] # train, compress, export, record
+
+The first step needs TVM, but no data and no GPU; the second needs neither TVM nor an installation of this package,
+and the same command continues what ran out of time.  ``--smoke`` shows on a CPU that everything works.
+
+The ranks are for the CPU that most users of the demo have: four cores with AVX2.  For one image of 28 x 28 pixels an
+H100 is no help: there the model expects no ranks to make any of the network's layers 15 % faster.  ``--device H100``
+tells.  They are chosen from the weights of the ONNX file that is there, in which batch normalisation is folded into
+the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
-import importlib.util
-import json
 import math
+import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from onnx import numpy_helper
 from torch import nn
 
+from tdc_tvm.errors import TdcError
+from tdc_tvm.plan import DecompositionPlan
+from tdc_tvm.training import apply_plan, compress
+from tdc_tvm.training.admm import AdmmConfig
+from tdc_tvm.training.batches import make_batches, seed_all
+from tdc_tvm.training.compression import write_json
+from tdc_tvm.training.config import CompressConfig, DataConfig, PhaseConfig, RunConfig
+from tdc_tvm.training.data import read_dataset
+from tdc_tvm.training.evaluation import evaluate
+from tdc_tvm.training.hooi import decompose_kernels
+from tdc_tvm.training.runs import export
+from tdc_tvm.training.trainer import Trainer, make_accelerator
+
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "scripts" / "demo"
 DEBIAN_DATA = Path("/usr/share/datasets/fashion-mnist")
-HELD_OUT = 5000
 # Mean and standard deviation of the training pixels, scaled to 0..1.
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530
-LICENSE = """\
-The images in fashion_mnist_test_1000.npz are the first 1,000 of the test set of Fashion-MNIST
-(https://github.com/zalandoresearch/fashion-mnist), under this licence:
-
-The MIT License (MIT)
-
-Copyright (c) 2017 Zalando SE, https://tech.zalando.com
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute,
-sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or
-substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
+SHAPE = (1, 1, 28, 28)
+# All for the same epochs; "dense" is the original, trained on.
+METHODS = {"admm": "fashion_mnist_tucker.onnx", "direct": "fashion_mnist_direct.onnx", "dense": None}
 
 
 class Block(nn.Module):
@@ -78,7 +79,10 @@ class Block(nn.Module):
 
 
 class DemoNet(nn.Module):
-    """1.2 million parameters; images of values 0..1, shape (batch, 1, 28, 28), to 10 logits."""
+    """1.2 million parameters; images of values 0..1, shape (batch, 1, 28, 28), to 10 logits.
+
+    ``tdc plan`` takes it as ``scripts.train_demo:DemoNet``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,171 +102,165 @@ class DemoNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images (uint8, count x 28 x 28) and labels (int64) of the two parts, and where they came from."""
+def read_onnx(path: Path) -> DemoNet:
+    """Read an exported network back; batch normalisation, which is folded into the kernels, only adds the bias."""
+    from tdc_tvm.onnx_model import load_onnx
 
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    source: dict[str, str]
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes."""
-    data = gzip.decompress(path.read_bytes())
-    if data[:3] != b"\0\0\x08":
-        raise SystemExit(f"{path} is not an IDX file of bytes; expected Fashion-MNIST's *-ubyte.gz")
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape.astype(int)).copy()
-
-
-def load_data(folder: Path | None) -> Data:
-    """Read Debian's package ``dataset-fashion-mnist``, or any folder with the same files, or ask torchvision."""
-    if folder is None and not DEBIAN_DATA.is_dir():
-        from torchvision.datasets import FashionMNIST
-
-        cache = Path.home() / ".cache" / "fashion-mnist"
-        FashionMNIST(cache, download=True)
-        folder = cache / "FashionMNIST" / "raw"
-    folder = folder or DEBIAN_DATA
-    files = [
-        folder / f"{part}-{what}-ubyte.gz" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
-    ]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise SystemExit(f"the data set is incomplete: no {', '.join(missing)}")
-    images, labels, test_images, test_labels = map(read_idx, files)
-    source = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return Data(images, labels.astype(np.int64), test_images, test_labels.astype(np.int64), source)
+    weights = load_onnx(path).graph.initializer
+    tensors = {weight.name: torch.from_numpy(numpy_helper.to_array(weight).copy()) for weight in weights}
+    net = DemoNet().eval()
+    state = net.state_dict()
+    try:
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d):
+                norm = name.replace("stem", "bn").replace("conv", "bn").replace("shortcut.0", "shortcut.1")
+                state[f"{name}.weight"] = tensors[f"{name}.weight"]
+                state[f"{norm}.weight"].fill_(math.sqrt(1 + net.get_submodule(norm).eps))
+                state[f"{norm}.bias"] = tensors[f"{name}.weight_bias"]
+        net.load_state_dict(state | {name: tensors[name] for name in ("fc.weight", "fc.bias")})
+    except (KeyError, RuntimeError) as error:
+        raise TdcError(f"{path} is not the demo's network as this script exports it: {error}") from None
+    return net
 
 
-def write_test_images(data: Data, folder: Path) -> None:
-    """Write the demo's test images and their licence."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        folder / "fashion_mnist_test_1000.npz",
-        images=data.test_images[:1000],
-        labels=data.test_labels[:1000].astype(np.uint8),
+def plan(args: argparse.Namespace) -> None:
+    os.environ["TVM_NUM_THREADS"] = str(args.threads)
+    from rich.console import Console
+    from tvm.target import Target
+
+    from tdc_tvm.schedules.device import GPUS
+    from tdc_tvm.training import choose_ranks
+
+    device = args.device if args.device in GPUS else Target({"kind": "llvm", "mcpu": args.device})
+    choice = choose_ranks(read_onnx(args.weights), SHAPE, device, speedup=args.speedup)
+    Console().print(choice)
+    choice.plan.save(args.output)
+    record = {
+        "command": command(args),
+        "weights_sha256": {args.weights.name: sha256(args.weights)},
+        **choice.to_dict(),
+    }
+    write_json(args.output.with_name(f"{args.output.stem}_choice.json"), record)
+    print(f"wrote {args.output} and, with all predictions, {args.output.stem}_choice.json")
+
+
+def train(args: argparse.Namespace) -> None:
+    deadline = None if args.budget is None else time.monotonic() + args.budget
+    ranks = DecompositionPlan.load(args.plan)
+    gpu = args.device == "auto" and torch.cuda.is_available()
+    run = RunConfig(seed=args.seed, device=args.device, precision="bf16" if gpu else "fp32", tensorboard=False)
+    # The network itself normalises.
+    config = DataConfig(
+        "fashion-mnist", str(args.data), batch_size=512, eval_batch_size=1000, holdout=5000, padding=2, erase=0.5,
+        mean=[0.0], std=[1.0],
+    )  # fmt: skip
+    dense_phase = PhaseConfig(epochs=args.epochs, lr=0.2, warmup_epochs=5)
+    # Two of them: as many epochs again.
+    half = PhaseConfig(epochs=args.epochs // 2, lr=0.05)
+    options = CompressConfig(
+        admm=AdmmConfig(projection_interval=50),
+        admm_phase=replace(half, final_lr=0.1),
+        finetune=replace(half, distill_weight=0.5),
     )
-    (folder / "LICENSE-fashion-mnist").write_text(LICENSE)
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shift by up to two pixels, mirror half of the images, and blank a random rectangle in half of them.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        uint8, shape (batch, 28, 28).
-    """
-    count, size = images.shape[0], images.shape[-1]
-    device = images.device
-
-    def draw(low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (count, 1), device=device, generator=generator)
-
-    pixels = torch.arange(size, device=device)
-    rows, columns = draw(0, 5) + pixels, draw(0, 5) + pixels
-    columns = torch.where(draw(0, 2) == 1, columns.flip(1), columns)
-    padded = F.pad(images, (2, 2, 2, 2))
-    shifted = padded[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    top, left, height, width = draw(0, size), draw(0, size), draw(4, 13), draw(4, 13)
-    in_rows = (pixels >= top) & (pixels < top + height) & (draw(0, 2) == 1)
-    in_columns = (pixels >= left) & (pixels < left + width)
-    return shifted.masked_fill(in_rows[:, :, None] & in_columns[:, None, :], 0)
-
-
-def to_input(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (batch, 28, 28) to the network's float input."""
-    return images[:, None].float().div(255).contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy, in eval mode and FP32."""
-    model.eval()
-    logits = torch.cat([model(to_input(batch)) for batch in images.split(1000)])
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
-    return F.cross_entropy(logits, labels).item(), accuracy
-
-
-def train(model: nn.Module, data: Data, args: argparse.Namespace, console: Console) -> list[dict[str, float]]:
-    """Train with SGD and a one-cycle schedule; returns every epoch's figures."""
-    device = next(model.parameters()).device
-    order = np.random.default_rng(args.seed).permutation(len(data.train_images))
-    images = torch.from_numpy(data.train_images[order]).to(device)
-    labels = torch.from_numpy(data.train_labels[order]).to(device)
-    held_images, held_labels = images[:HELD_OUT], labels[:HELD_OUT]
-    images, labels = images[HELD_OUT:], labels[HELD_OUT:]
     if args.smoke:
-        images, labels, held_images, held_labels = images[:512], labels[:512], held_images[:256], held_labels[:256]
-    steps = math.ceil(len(images) / args.train_batch)
-    # No weight decay on biases and batch normalisation.
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr,
-        momentum=0.9,
-        nesterov=True,
+        config = replace(config, batch_size=16, eval_batch_size=32, holdout=32)
+        options = replace(options, admm=AdmmConfig(projection_interval=1), recalibration_batches=2)
+    dataset = read_dataset(config)
+    if args.smoke:
+        splits = {name: getattr(dataset, name).subset(np.arange(32)) for name in ("train", "holdout", "val")}
+        dataset = replace(dataset, **splits)
+    accelerator = make_accelerator(run)
+    torch.backends.cudnn.allow_tf32 = False  # evaluation in true FP32
+    loader = make_batches(dataset.train, dataset, config, train=True, seed=args.seed, device=accelerator.device)
+    holdout, test = (
+        make_batches(split, dataset, config, train=False, device=accelerator.device)
+        for split in (dataset.holdout, dataset.val)
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=args.epochs * steps, pct_start=0.2
-    )
-    generator = torch.Generator(device).manual_seed(args.seed)
-    history = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs, left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("training", total=args.epochs)
-        for epoch in range(1, args.epochs + 1):
-            start = time.perf_counter()
-            model.train()
-            loss_sum = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device)
-            for batch in torch.randperm(len(images), device=device, generator=generator).split(args.train_batch):
-                x, y = to_input(augment(images[batch], generator)), labels[batch]
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logits = model(x)
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                loss_sum += loss.detach() * len(batch)
-                correct += (logits.argmax(1) == y).sum()
-            held_loss, held_accuracy = evaluate(model, held_images, held_labels)
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": loss_sum.item() / len(images),
-                    "train_accuracy": correct.item() / len(images),
-                    "held_out_loss": held_loss,
-                    "held_out_accuracy": held_accuracy,
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            progress.update(bar, advance=1, description=f"held-out accuracy {held_accuracy:.2%}")
-    return history
+    info = {"classes": 10, "channels": 1, "image_size": SHAPE[-1], "mean": config.mean, "std": config.std}
+    guard_plan(ranks, args.work)
+    args.output.mkdir(parents=True, exist_ok=True)
+    variants: dict[str, Any] = {}
+
+    def add(name: str, model: nn.Module, macs: int, epochs: Sequence[dict], file: str | None, **more: Any) -> None:
+        """Evaluate a network on images that it has not seen, and export it."""
+        scores = {"holdout": evaluate(model, holdout), "test": evaluate(model, test)}
+        variants[name] = {
+            **{part: score.to_dict() for part, score in scores.items()},
+            "macs": macs,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "train_seconds": sum(epoch["train_seconds"] for epoch in epochs),
+            **more,
+            "epochs": epochs,
+        }
+        if file is not None:
+            export(model, info, args.output / file)
+            variants[name]["onnx_sha256"] = {file: sha256(args.output / file)}
+        print(f"{name}: {scores['test'].top1:.2%} of {scores['test'].count:,} test images", file=sys.stderr)
+
+    seed_all(args.seed)
+    dense = DemoNet()
+    trainer = Trainer(
+        dense, loader, dense_phase, run, accelerator, title="train", folder=args.work / "train",
+        parts={"holdout": holdout}, info=info, resume=True, deadline=deadline,
+    )  # fmt: skip
+    result = trainer.fit()
+    if not result.finished:
+        return print("time is up in the dense training; the same command continues")
+    dense.eval()
+    factors = decompose_kernels(dense, ranks)
+    decomposed, report = apply_plan(dense, ranks, factors=factors, example=SHAPE)
+    assert report.macs is not None
+    add("dense", dense, report.macs[0], result.history, "fashion_mnist.onnx")
+    add("decomposed", decomposed, report.macs[1], [], None)
+    for method, file in METHODS.items():
+        model, history = compress(
+            dense, loader, ranks, holdout_loader=holdout, config=replace(options, method=method), run=run,
+            folder=args.work / method, resume=True, deadline=deadline, info=info,
+        )  # fmt: skip
+        if not history.finished:
+            return print(f"time is up in {method}; the same command continues")
+        name = "dense, trained on" if method == "dense" else method
+        more = {"decomposition": history.decomposition} if history.decomposition else {}
+        add(name, model, report.macs[method != "dense"], history.epochs, file, **more)
+    record = {
+        "command": command(args),
+        "options": {
+            "data": asdict(replace(config, root="")),
+            "train": asdict(dense_phase),
+            "compress": asdict(options),
+            "run": asdict(run),
+        },
+        "environment": environment(accelerator.device),
+        "data_sha256": {path.name: sha256(path) for path in sorted(args.data.rglob("*-ubyte.gz"))},
+        "images": {"train": len(dataset.train), "holdout": len(dataset.holdout), "test": len(dataset.val)},
+        "plan": ranks.to_dict(),
+        "variants": variants,
+    }
+    write_json(args.output / "fashion_mnist.json", record)
+    print(f"wrote fashion_mnist.json and three ONNX files to {args.output}")
 
 
-def import_export():
-    """The package's ONNX export, from an installation or else from this source tree."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    import tdc_tvm
+def guard_plan(ranks: DecompositionPlan, work: Path) -> None:
+    """Let no run go on that another plan has begun.
 
-    if importlib.util.find_spec("tdc_tvm.training") is None:
-        tdc_tvm.__path__.append(str(ROOT))  # the folders beside tdc_tvm/ are its subpackages
-    from tdc_tvm.training.export import export_onnx
+    Raises
+    ------
+    TdcError
+        If one has.
+    """
+    for method in METHODS:
+        begun = work / method / "plan.json"
+        if begun.is_file() and DecompositionPlan.load(begun).layers != ranks.layers:
+            raise TdcError(f"{work / method} was begun with another plan; choose another folder with --work")
 
-    return export_onnx
+
+def command(args: argparse.Namespace) -> list[str]:
+    """The command line, without the folders of this machine."""
+    return ["scripts/train_demo.py", *(Path(word).name if "/" in word else word for word in args.words)]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -274,71 +272,43 @@ def environment(device: torch.device) -> dict[str, str]:
         "numpy": np.__version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
-        "cuda": torch.version.cuda if cuda else "",
+        "cuda": str(torch.version.cuda) if cuda else "",
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "",
     }
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    output = ROOT / "scripts/demo/fashion_mnist.onnx"
-    parser.add_argument("-o", "--output", type=Path, default=output, help="the ONNX file")
-    parser.add_argument("--data", type=Path, help="folder of the four *-ubyte.gz files")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--train-batch", type=int, default=512, help="images per training step")
-    parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, help="fixed batch size of the ONNX file; dynamic if absent")
-    parser.add_argument("--checkpoint", type=Path, help="also save the PyTorch weights, for fine-tuning, to this file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="one epoch on 512 images")
-    parser.add_argument("--test-images", action="store_true", help="only write the demo's 1,000 test images")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.epochs, args.train_batch = 1, 64
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    console = Console()
-    data = load_data(args.data)
-    if args.test_images:
-        write_test_images(data, ROOT / "scripts/demo")
-        return
-    export_onnx = import_export()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # evaluation in true FP32; training runs in BF16
-    model = DemoNet().to(device, memory_format=torch.channels_last)
-    start = time.perf_counter()
-    history = train(model, data, args, console)
-    train_seconds = time.perf_counter() - start
-    count = 256 if args.smoke else len(data.test_images)
-    test_images = torch.from_numpy(data.test_images[:count]).to(device)
-    test_labels = torch.from_numpy(data.test_labels[:count]).to(device)
-    test_loss, test_accuracy = evaluate(model, test_images, test_labels)
-    export_onnx(model, (args.batch or 2, 1, 28, 28), args.output, dynamic_batch=args.batch is None)
-    if args.checkpoint:
-        torch.save(model.state_dict(), args.checkpoint)
-    record = {
-        "command": ["scripts/train_demo.py", *(Path(a).name if "/" in a else a for a in argv or sys.argv[1:])],
-        "options": {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "environment": environment(device),
-        "data_sha256": data.source,
-        "held_out_images": 256 if args.smoke else HELD_OUT,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "onnx_sha256": hashlib.sha256(args.output.read_bytes()).hexdigest(),
-        "train_seconds": train_seconds,
-        "test_images": count,
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "epochs": history,
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"test accuracy {test_accuracy:.2%} on {count} images; wrote {args.output} and its .json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("plan", help="choose ranks by latency; needs TVM")
+    first.add_argument("--weights", type=Path, default=DEMO / "fashion_mnist.onnx", help="the dense network")
+    first.add_argument("--device", default="x86-64-v3", help="LLVM's name of a processor, or a GPU such as H100")
+    first.add_argument(
+        "--threads", type=int, choices=range(1, 257), default=4, metavar="N", help="cores of the processor"
+    )
+    first.add_argument("--speedup", type=float, default=3.0, help="predicted, of the whole network")
+    first.add_argument("-o", "--output", type=Path, default=DEMO / "plan.json")
+    second = commands.add_parser("train", help="train, compress and export; needs no TVM")
+    second.add_argument("--plan", type=Path, default=DEMO / "plan.json")
+    second.add_argument("--data", type=Path, default=DEBIAN_DATA, help="folder of Fashion-MNIST's four *-ubyte.gz")
+    second.add_argument("--epochs", type=int, default=60, help="of the dense network; of each compression as many")
+    second.add_argument("--seed", type=int, default=0)
+    second.add_argument("--budget", type=float, help="seconds after which to stop, with a checkpoint")
+    second.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    second.add_argument("--work", type=Path, help="folder of checkpoints, by default build/train_demo")
+    second.add_argument("-o", "--output", type=Path, help="folder of ONNX files and record, by default scripts/demo")
+    second.add_argument("--smoke", action="store_true", help="two epochs of 32 images, by default in build/smoke")
+    args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    if args.command == "train":
+        if args.smoke:
+            args.epochs = 2
+        args.work = args.work or ROOT / "build" / ("smoke" if args.smoke else "train_demo")
+        args.output = args.output or (args.work if args.smoke else DEMO)
+    try:
+        (plan if args.command == "plan" else train)(args)
+    except TdcError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

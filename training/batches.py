@@ -6,6 +6,7 @@ Nothing here keeps a state that a checkpoint would have to hold: order and augme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -138,20 +139,26 @@ class MemoryBatches:
             if not len(chosen):  # a last batch of fewer images than processes
                 continue
             images = self.images[chosen]
-            if self.order.train and self.config.augment != "none":
+            if self.order.train:
                 # Drawn for the whole batch, so that an image's draw does not depend on the number of processes.
                 generator = torch.Generator(self.device).manual_seed(mixed_seed(self.order.seed, number, step))
-                draws = torch.rand(4, self.order.size, generator=generator, device=self.device)
                 first = share.start - step * self.order.size
-                images = self._augment(images, draws[:, first : first + len(chosen)])
+                images = self._augment(images, slice(first, first + len(chosen)), generator)
             else:
                 images = self.normalize(images.permute(0, 3, 1, 2))
             yield images, self.labels[chosen]
 
-    def _augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        if self.config.augment == "pad-crop":
-            return self.normalize(pad_crop(images, draws, self.config.padding).permute(0, 3, 1, 2))
-        return resized_crop(self.normalize(images.permute(0, 3, 1, 2)), draws, self.config.crop_scale)
+    def _augment(self, images: torch.Tensor, mine: slice, generator: torch.Generator) -> torch.Tensor:
+        def draws(rows: int) -> torch.Tensor:
+            return torch.rand(rows, self.order.size, generator=generator, device=self.device)[:, mine]
+
+        if self.config.augment == "resized-crop":
+            images = resized_crop(self.normalize(images.permute(0, 3, 1, 2)), draws(4), self.config.crop_scale)
+        else:
+            if self.config.augment == "pad-crop":
+                images = pad_crop(images, draws(4), self.config.padding)
+            images = self.normalize(images.permute(0, 3, 1, 2))
+        return random_erase(images, draws(5), self.config.erase) if self.config.erase else images
 
 
 def pad_crop(images: torch.Tensor, draws: torch.Tensor, padding: int) -> torch.Tensor:
@@ -197,6 +204,31 @@ def resized_crop(images: torch.Tensor, draws: torch.Tensor, smallest: float) -> 
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
+def random_erase(images: torch.Tensor, draws: torch.Tensor, share: float) -> torch.Tensor:
+    """Set a random rectangle to 0 in some images, of the extents that torchvision's ``RandomErasing`` draws.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        float, (batch, channels, height, width).
+    draws : torch.Tensor
+        Uniform in [0, 1), shape (5, batch): whether, area, ratio of height to width, row, column.
+    share : float
+        Of the images.
+    """
+    area, ratio = 0.02 + 0.31 * draws[1], torch.exp((2 * draws[2] - 1) * math.log(3.3))
+
+    def inside(size: int, extent: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        length = (size * extent).round().clamp(1, size)
+        start = (draw * (size - length + 1)).floor()
+        position = torch.arange(size, device=images.device) - start[:, None]
+        return (position >= 0) & (position < length[:, None])
+
+    rows = inside(images.shape[2], (area * ratio).sqrt(), draws[3]) & (draws[0] < share)[:, None]
+    columns = inside(images.shape[3], (area / ratio).sqrt(), draws[4])
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
 class FileBatches:
     """Batches of image files, loaded by worker processes; see `make_batches`.
 
@@ -209,7 +241,7 @@ class FileBatches:
         self.classes: int | None = len(dataset.classes)
         self.skipped: dict[str, str] = {}
         self.order, self.config, self.device = order, config, device
-        self.files = _Files(split, dataset.image_size, config, order.seed, order.train)
+        self.files = _Files(split, dataset, config, order.seed, order.train)
         self.normalize = _Normalizer(dataset.mean, dataset.std, device)
 
     def __len__(self) -> int:
@@ -252,16 +284,21 @@ class FileBatches:
 class _Files(torch.utils.data.Dataset):
     """Takes (epoch, index); gives an image (3, size, size) uint8 and a label, or what is wrong with the file."""
 
-    def __init__(self, split: ImageFiles, size: int, config: DataConfig, seed: int, train: bool) -> None:
+    def __init__(self, split: ImageFiles, dataset: Dataset, config: DataConfig, seed: int, train: bool) -> None:
         from torchvision.transforms import v2
 
-        self.split, self.seed, self.size = split, seed, size
-        self.augment = None
+        self.split, self.seed, self.size = split, seed, dataset.image_size
+        steps: list[Any] = []
         if train and config.augment == "resized-crop":
-            crop = v2.RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True)
-            self.augment = v2.Compose([crop, v2.RandomHorizontalFlip()])
+            steps = [v2.RandomResizedCrop(self.size, scale=(config.crop_scale, 1.0), antialias=True)]
         elif train and config.augment == "pad-crop":
-            self.augment = v2.Compose([v2.RandomCrop(size, padding=config.padding), v2.RandomHorizontalFlip()])
+            steps = [v2.RandomCrop(self.size, padding=config.padding)]
+        if steps:
+            steps.append(v2.RandomHorizontalFlip())
+        if train and config.erase:
+            # What the normalised image has 0 for.
+            steps.append(v2.RandomErasing(config.erase, value=[round(255 * mean) for mean in dataset.mean]))
+        self.augment = v2.Compose(steps) if steps else None
         self.whole_image = train and config.augment == "resized-crop"
 
     def __len__(self) -> int:

@@ -55,6 +55,9 @@ class DataConfig:
         Pixels, of ``pad-crop``.
     crop_scale : float
         Smallest share of the image's area that ``resized-crop`` takes.
+    erase : float
+        Share of the training images in which a random rectangle, 2 to 33 % of the image, is blanked (Zhong et
+        al., AAAI 2020).
     mean, std : list of float, optional
         Of the channels, images scaled to 0..1; by default the data set's own.
     """
@@ -73,8 +76,12 @@ class DataConfig:
     augment: str = "pad-crop"
     padding: int = 4
     crop_scale: float = 0.35
+    erase: float = 0.0
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        _expect(0 <= self.erase <= 1, f"erase is {self.erase:g}; expected 0 to 1")
 
 
 @dataclass(frozen=True)

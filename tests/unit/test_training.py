@@ -1,10 +1,3 @@
-import gzip
-import importlib.util
-import json
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -13,8 +6,6 @@ from torch.nn.utils import prune
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
 from tdc_tvm.training import TuckerConv2d, apply_plan, decompose
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -246,48 +237,3 @@ def test_presets_fit_torchvisions_models(name, layers, giga_macs):
     model(torch.empty(1, 3, 224, 224, device="meta"))
     assert len(report.decomposed) == layers
     assert round(macs / 1e9, 3) == giga_macs
-
-
-@pytest.fixture(scope="module")
-def train_demo():
-    spec = importlib.util.spec_from_file_location("train_demo", ROOT / "scripts" / "train_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["train_demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-def test_the_demos_training_script_runs(train_demo, tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 96), ("t10k", 16)):
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), np.uint8))
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, count, np.uint8))
-    monkeypatch.setattr(train_demo, "HELD_OUT", 32)
-    output = tmp_path / "out" / "net.onnx"
-    train_demo.main(["--smoke", "--device", "cpu", "--data", str(tmp_path), "-o", str(output), "--batch", "4"])
-    record = json.loads(output.with_suffix(".json").read_text())
-    assert record["parameters"] == 1_226_442
-    assert len(record["epochs"]) == 1
-    session = onnxruntime.InferenceSession(output)
-    (value,) = session.get_inputs()
-    assert value.shape == [4, 1, 28, 28]
-    assert session.run(None, {value.name: np.zeros(value.shape, np.float32)})[0].shape == (4, 10)
-
-
-def test_augmentation_shifts_mirrors_and_blanks(train_demo):
-    images = torch.full((64, 28, 28), 200, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    changed = train_demo.augment(images, generator)
-    assert changed.shape == images.shape
-    assert changed.dtype == torch.uint8
-    assert set(changed.unique().tolist()) == {0, 200}
-    kept = (changed == 200).double().mean((1, 2))
-    assert kept.min() > 0.6
-    assert kept.unique().numel() > 20

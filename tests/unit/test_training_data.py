@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.training.batches import LoaderBatches, make_batches, pad_crop, resized_crop
+from tdc_tvm.training.batches import LoaderBatches, make_batches, pad_crop, random_erase, resized_crop
 from tdc_tvm.training.config import DataConfig
 from tdc_tvm.training.data import Arrays, load_arrays, read_dataset, read_image, save_arrays
 
@@ -102,10 +102,10 @@ def test_image_folders_are_scaled_and_cut(folder, config):
     assert read_image(folder / "train" / "cat" / "3.jpg", 16).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize("augment", ["pad-crop", "resized-crop"])
+@pytest.mark.parametrize(("augment", "erase"), [("pad-crop", 0.0), ("resized-crop", 0.5), ("none", 1.0)])
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_any_number_of_processes_sees_the_same_images_from_any_step_on(tiny, config, augment, in_memory):
-    options = config("tiny-imagenet", tiny, in_memory=in_memory, augment=augment, padding=2)
+def test_any_number_of_processes_sees_the_same_images_from_any_step_on(tiny, config, augment, erase, in_memory):
+    options = config("tiny-imagenet", tiny, in_memory=in_memory, augment=augment, padding=2, erase=erase)
     dataset = read_dataset(options)
 
     def images(epoch, start=0, rank=0, world=1, seed=0):
@@ -160,6 +160,19 @@ def test_padding_cropping_and_mirroring():
     torch.testing.assert_close(resized_crop(picture, draws, 0.2)[1], picture[1].flip(2), atol=1e-5, rtol=0)
     quarter = resized_crop(picture, torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.9, 0.9], [0.0, 0.0]]), 0.25)
     torch.testing.assert_close(quarter.mean((2, 3)), picture[:, :, :4, :4].mean((2, 3)), atol=0.06, rtol=0)
+
+
+def test_a_rectangle_is_blanked_in_a_share_of_the_images():
+    images = torch.ones(2000, 2, 20, 30)
+    draws = torch.rand(5, len(images), generator=torch.Generator().manual_seed(0))
+    blanked = random_erase(images, draws, 0.25) == 0
+    assert torch.equal(blanked[:, 0], blanked[:, 1])
+    area = blanked[:, 0].float().mean((1, 2))
+    assert (area > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert area[area > 0].mean().item() == pytest.approx((0.02 + 0.33) / 2, abs=0.02)
+    sides = [blanked[:, 0].any(axis).sum(1) for axis in (2, 1)]
+    assert torch.equal(sides[0] * sides[1], blanked[:, 0].sum((1, 2)))  # whole rectangles
+    assert not random_erase(images[:1], torch.tensor([[0.0], [0.99], [0.99], [0.99], [0.99]]), 1.0)[0, :, -1, -1].any()
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
