@@ -1,5 +1,10 @@
 """Training, Tucker compression and ONNX export of PyTorch models; needs the extra ``train``."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from tdc_tvm.errors import TdcError
 
 try:
@@ -11,7 +16,9 @@ from tdc_tvm.training.compression import History, compress
 from tdc_tvm.training.decompose import TuckerConv2d, apply_plan, decompose
 from tdc_tvm.training.export import export_onnx
 from tdc_tvm.training.models import load_model, load_weights
-from tdc_tvm.training.ranks import RankProblem, choose_ranks
+
+if TYPE_CHECKING:
+    from tdc_tvm.training.ranks import RankProblem, choose_ranks
 
 __all__ = [
     "History",
@@ -25,3 +32,10 @@ __all__ = [
     "load_model",
     "load_weights",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Latencies need TVM, training does not.
+    if name in ("RankProblem", "choose_ranks"):
+        return getattr(importlib.import_module("tdc_tvm.training.ranks"), name)
+    raise AttributeError(f"module 'tdc_tvm.training' has no attribute {name!r}")
