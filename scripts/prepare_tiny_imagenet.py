@@ -1,4 +1,4 @@
-"""Turn packed Tiny-ImageNet files into the public folder layout, into decoded arrays, or both.
+"""Turn packed Tiny-ImageNet files into the public folder layout, or into decoded arrays.
 
 The packed files are train-*.npz and val.npz, each with ``jpeg`` (uint8, all JPEG files end to end), ``offset``
 (int64, count + 1: where each begins and the last ends) and ``label`` (int16, an index into wnids.txt), beside
@@ -12,6 +12,7 @@ import argparse
 import io
 import os
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ def read_packed(path: Path, classes: int) -> tuple[list[bytes], np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             data, offset, label = file["jpeg"], file["offset"], file["label"].astype(np.int64)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise TdcError(f"cannot read {path}: {error}; expected jpeg, offset and label") from None
     if len(offset) != len(label) + 1 or offset[0] != 0 or offset[-1] != len(data) or (np.diff(offset) <= 0).any():
         raise TdcError(f"{path} is not consistent: {len(label)} labels, {len(offset)} offsets up to {offset[-1]}")
@@ -87,10 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arrays", action="store_true", help="write decoded arrays and no folders")
     parser.add_argument("--limit", type=int, help="only so many images of each file, for trials")
     args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"argument --limit: found {args.limit}; expected 1 or more")
     try:
         run(args)
     except TdcError as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:  # of one of the many files to write
+        raise SystemExit(f"error: cannot write {error.filename or args.output}: {error.strerror}") from None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ import torch
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan, parse_ranks
 from tdc_tvm.training import apply_plan
+from tdc_tvm.training.checkpoint import make_folder
 from tdc_tvm.training.config import Config, load_config
 from tdc_tvm.training.evaluation import evaluate
 from tdc_tvm.training.models import create_model
@@ -83,7 +84,11 @@ def uniform_plan(model: torch.nn.Module, shape: tuple[int, ...], reduction: floa
 def choose_plan(text: str, model: torch.nn.Module, data: Data) -> DecompositionPlan:
     """A plan's file, a preset, or the MAC reduction of a uniform plan, such as ``macs=0.6``."""
     if text.startswith("macs="):
-        return uniform_plan(model, data.shape, float(text[5:]))
+        try:
+            reduction = float(text[5:])
+        except ValueError:
+            raise TdcError(f"--plan is {text!r}; expected a number, such as macs=0.6") from None
+        return uniform_plan(model, data.shape, reduction)
     plan = parse_ranks(text)
     if not isinstance(plan, DecompositionPlan):
         raise TdcError(f"--plan is {text!r}; expected a plan's file, a preset, or a reduction such as macs=0.6")
@@ -111,6 +116,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise TdcError(f"cannot read results from {path}: {error.strerror}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise TdcError(f"line {number} of {path} is no result: {error}; remove it") from None
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     deadline = None if args.budget is None else started + args.budget
@@ -120,10 +140,10 @@ def run(args: argparse.Namespace) -> None:
     if args.device is not None:
         config = replace(config, run=replace(config.run, device=args.device))
     accelerator = make_accelerator(config.run)
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     results = args.output / "results.jsonl"
-    lines = results.read_text().splitlines() if results.is_file() else []
-    done = {(line["seed"], line["method"]) for line in map(json.loads, lines)}
+    lines = read_results(results) if results.is_file() else []
+    done = {(line["seed"], line["method"]) for line in lines}
     say = accelerator.print
     say(f"{args.config}: seeds {args.seeds}, methods {args.methods}, {len(done)} results so far")
     plan: DecompositionPlan | None = None
@@ -136,6 +156,8 @@ def run(args: argparse.Namespace) -> None:
         if plan is None:
             net = create_model(config.model, len(data.dataset.classes), data.dataset.channels)
             plan = choose_plan(args.plan, net, data)
+            if lines and lines[0]["plan"] != plan.to_dict():
+                raise TdcError(f"{results} has results of other ranks than {args.plan}; choose another folder")
         common = {
             "model": config.model.name,
             "seed": seed,
@@ -171,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    lines = [json.loads(line) for path in args.files for line in Path(path).read_text().splitlines()]
+    lines = [line for path in args.files for line in read_results(path)]
     part = "val" if all("val" in line["scores"] for line in lines) else "holdout"
     for model in sorted({line["model"] for line in lines}):
         ours = [line for line in lines if line["model"] == model]
@@ -212,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     first.add_argument("--budget", type=float, help="seconds after which to stop, with a checkpoint")
     first.add_argument("--device", choices=["auto", "cpu"], help="instead of the configuration's")
     second = commands.add_parser("report", help="print a table")
-    second.add_argument("files", nargs="+")
+    second.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args(argv)
     try:
         (run if args.command == "run" else report)(args)

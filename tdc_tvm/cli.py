@@ -10,7 +10,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from rich.table import Column, Table
 
 from tdc_tvm import __version__, cli_training
 from tdc_tvm.errors import TdcError
-from tdc_tvm.plan_command import plan
+from tdc_tvm.plan_command import Precision, plan
 
 # Names of layers and files may hold brackets, which rich would take for its markup.
 console = Console(markup=False, highlight=False)
@@ -52,15 +51,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-class Precision(str, Enum):
-    """Arithmetic of the compiled model."""
-
-    fp32 = "fp32"
-    tf32 = "tf32"
-    fp16 = "fp16"
-    bf16 = "bf16"
 
 
 Model = Annotated[Path, typer.Argument(help="ONNX model.", metavar="MODEL.onnx")]

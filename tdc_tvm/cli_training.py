@@ -80,7 +80,7 @@ def train(
         "run.seed": seed,
         "run.precision": precision,
     }
-    resolved = _config(config, output if resume else None, values, settings)
+    resolved = read_config(config or _resumed(output, resume), values, settings)
     from tdc_tvm.training.runs import train as train_run
 
     _, result = train_run(resolved, output, resume=resume, deadline=_deadline(budget))
@@ -104,17 +104,14 @@ def compress_trained(
     as_json: bool,
 ) -> None:
     """Compress what ``tdc train`` wrote: the second half of ``tdc compress``, which documents the arguments."""
-    weights = source / "model.safetensors" if source.is_dir() else source
-    beside = _config_of(weights)
-    resolved = _config(config or beside, output if resume else None, {"compress.method": method}, settings)
-    from tdc_tvm.training.models import load_model
+    beside = config or _resumed(output, resume) or config_of(source)
+    resolved = read_config(beside, {"compress.method": method}, settings)
+    from tdc_tvm.training.models import load_dense
     from tdc_tvm.training.runs import compress_run
 
-    if output.resolve() in (source.resolve(), weights.parent.resolve()):
+    if output.resolve() in (source.resolve(), source.parent.resolve() if source.is_file() else None):
         raise TdcError(f"cannot write to {output}: the trained network lies there; choose another folder")
-    model, info = load_model(weights)
-    if info.get("plan"):
-        raise TdcError(f"{weights} is compressed already; give the dense network that it was made from")
+    model, info = load_dense(source)
     trained = info["model"]
     resolved = replace(
         resolved, model=replace(resolved.model, name=trained["name"], small_images=trained["small_images"])
@@ -159,7 +156,7 @@ def evaluate(
         "data.holdout": holdout,
         "data.skip_corrupt": skip_corrupt or None,
     }
-    resolved = _config(config or _config_of(path), None, values, settings)
+    resolved = read_config(config or config_of(path), values, settings)
     from tdc_tvm.training.runs import evaluate_file
 
     scores = evaluate_file(path, resolved.data, resolved.run)
@@ -173,15 +170,13 @@ def evaluate(
 _UNFINISHED = "time is up; the same command with --resume continues"
 
 
-def _config(path: Path | None, resumed: Path | None, values: dict[str, Any], settings: list[str] | None) -> Config:
-    """The configuration: a file's (or the resumed run's), with the values that the command line gives."""
+def read_config(path: Path | None, values: dict[str, Any], settings: list[str] | None = None) -> Config:
+    """The configuration: a file's, with the values that the command line gives (None leaves the file's)."""
     _require_training()
     import yaml
 
     from tdc_tvm.training.config import Config, from_dict, load_config
 
-    if resumed is not None and (resumed / "config.yaml").is_file():
-        path = resumed / "config.yaml"
     config = Config() if path is None else load_config(path)
     for text in settings or []:
         key, separator, value = text.partition("=")
@@ -207,9 +202,16 @@ def _config(path: Path | None, resumed: Path | None, values: dict[str, Any], set
     return from_dict(Config, tree, "the configuration")
 
 
-def _config_of(path: Path) -> Path | None:
-    """The configuration beside a run's file, or one folder up (phases have folders of their own)."""
-    places = (path.parent / "config.yaml", path.parent.parent / "config.yaml")
+def _resumed(output: Path, resume: bool) -> Path | None:
+    """The configuration of the run that is to be continued, if it has begun."""
+    path = output / "config.yaml"
+    return path if resume and path.is_file() else None
+
+
+def config_of(path: Path) -> Path | None:
+    """The configuration of a run's folder or file: there, or one folder up (phases have folders of their own)."""
+    folder = path if path.is_dir() else path.parent
+    places = (folder / "config.yaml", folder.parent / "config.yaml")
     return next((place for place in places if place.is_file()), None)
 
 

@@ -32,8 +32,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises
     ------
     TdcError
-        If the directory is missing, ``path`` is not a regular file, the file cannot be made there,
-        or the disk is full.
+        If the directory is missing, ``path`` is not a regular file, the file cannot be made there or
+        becomes too large, or the disk is full.
 
     Examples
     --------
@@ -56,6 +56,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TdcError(f"cannot write {path}: no space left in {target.parent}; free some and try again") from error
+        if error.errno == errno.EFBIG:
+            raise TdcError(f"cannot write {path}: it is larger than files may be here; see ulimit -f") from error
         ours = error.filename is not None and Path(os.fsdecode(error.filename)) in (temporary, target)
         if not ours:
             raise

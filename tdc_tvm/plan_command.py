@@ -6,8 +6,8 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tdc_tvm import cli_training
 from tdc_tvm.errors import TdcError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
+
+    from tdc_tvm.training.batches import Batches
+    from tdc_tvm.training.config import DataConfig
 
 
 class Precision(str, Enum):
@@ -42,7 +45,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A torchvision model's name, a checkpoint of 'tdc train', or package.module:factory.", metavar="MODEL"
+            help="A torchvision model's name, a folder or checkpoint of 'tdc train', or package.module:factory.",
+            metavar="MODEL",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The plan to write (.json, .yaml).")],
@@ -80,12 +84,11 @@ def plan(
     objective: Annotated[
         Objective, typer.Option("--objective", metavar="NAME", help="latency; or macs, to compare with.")
     ] = Objective.latency,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FOLDER", help="Images in a folder for each class: weigh layers' errors."),
-    ] = None,
+    data: cli_training.DataOption = None,
+    root: cli_training.RootOption = None,
+    skip_corrupt: cli_training.SkipCorruptOption = False,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, metavar="N", help="Images of --data that are used.")
+        int, typer.Option("--samples", min=1, metavar="N", help="Training images that weigh the layers' errors.")
     ] = 128,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Chooses images, and random weights.")] = 0,
     table: Annotated[
@@ -104,7 +107,8 @@ def plan(
 ) -> None:
     """Choose ranks by predicted latency: for each convolution of a PyTorch model, or leave it dense.
 
-    Give one budget: --mac-reduction, --latency-us, --speedup or --max-error.
+    Give one budget: --mac-reduction, --latency-us, --speedup or --max-error.  With --data or --root the layers'
+    errors are weighed by how much the loss depends on them.
     """
     from tdc_tvm import cli
     from tdc_tvm.files import check_output
@@ -122,8 +126,9 @@ def plan(
         kept.append(path)
     if pareto:
         check_plots()
-    if table is not None and not table.exists():
-        check_output(table, "a table of latencies", (".json",))
+    new_tables = [table] if table is not None and not table.exists() else []
+    for path in new_tables:
+        check_output(path, "a table of latencies", (".json",))
     # Not before tdc_tvm.training, which says how to install it.
     import torch
 
@@ -132,14 +137,19 @@ def plan(
     network, info = load_network(model, weights)
     size = info.get("image_size", 224)
     extents = given or (info.get("channels", 3), size, size)
-    images = None if data is None else _Images(data, extents, info, samples, seed)
+    images = None
+    if data is not None or root is not None:
+        values = {"data.name": data, "data.root": root and str(root), "data.skip_corrupt": skip_corrupt or None}
+        beside = cli_training.config_of(Path(model)) if info else None
+        images = _batches(cli_training.read_config(beside, values).data, info, extents, samples, seed)
     loss = functools.partial(cross_entropy, classes=None if images is None else images.classes)
     bars = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*bars, console=cli.messages, transient=True, disable=not cli.messages.is_terminal) as progress:
         task = progress.add_task("Predicting latencies", total=None)
         problem = RankProblem.of(
             network, (batch, *extents), device, precision=precision.value, table=table, name=model,
-            loader=None if images is None else progress.track(images, description="Taking gradients"),
+            loader=None if images is None else
+            progress.track(images.epoch(0), total=len(images), description="Taking gradients"),
             loss=loss, batches=sys.maxsize,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
@@ -171,7 +181,7 @@ def plan(
     if rivals and rivals["by latency, same error"].plan == choice.plan:
         del rivals["by latency, same error"]
     cli.console.print(comparison({"this plan": choice, **rivals}))
-    for written in (*plans, *([table] if table is not None else []), *(pareto or [])):
+    for written in (*plans, *new_tables, *(pareto or [])):
         cli.console.print(f"wrote {written}", soft_wrap=True)
 
 
@@ -181,11 +191,11 @@ def load_network(name: str, weights: str | None) -> tuple[nn.Module, dict[str, A
     Parameters
     ----------
     name : str
-        ``"resnet18"``; a ``.safetensors`` file of ``tdc train``; or ``"package.module:factory"``: a function without
-        arguments, found from the current folder.
+        ``"resnet18"``; a folder or ``.safetensors`` file of ``tdc train``; or ``"package.module:factory"``: a function
+        without arguments, found from the current folder.
     weights : str, optional
-        A name of torchvision's weights, ``"DEFAULT"``, or the path of a checkpoint: a state dict (``.pt``, ``.pth``,
-        ``.safetensors``), or a dict that has one as ``state_dict`` or ``model``.
+        A name of torchvision's weights, ``"DEFAULT"``, or the path of a checkpoint, as of
+        `tdc_tvm.training.load_weights`.
 
     Returns
     -------
@@ -201,25 +211,29 @@ def load_network(name: str, weights: str | None) -> tuple[nn.Module, dict[str, A
     """
     from torch import nn
 
-    if name.endswith(".safetensors"):
-        if weights is not None:
-            raise TdcError(f"{name} has weights of its own; leave --weights out")
-        from tdc_tvm.training import load_model
+    from tdc_tvm.training.checkpoint import load_weights
+    from tdc_tvm.training.config import ModelConfig
+    from tdc_tvm.training.models import create_model, is_file, load_dense
 
-        return load_model(name)
-    is_file = weights is not None and (os.sep in weights or Path(weights).suffix != "" or Path(weights).exists())
     if ":" in name:
-        if weights is not None and not is_file:
+        if weights is not None and not is_file(weights):
             raise TdcError(f"torchvision's weights {weights!r} are for its models; give a checkpoint's path for {name}")
         model = _factory(name)()
         if not isinstance(model, nn.Module):
             raise TdcError(f"{name} gives a {type(model).__name__}; expected a torch.nn.Module")
-    else:
-        model = _torchvision_model(name, None if is_file else weights)
-    if is_file:
-        assert weights is not None
-        _load_checkpoint(model, weights)
-    return model.eval(), {}
+        if weights is not None:
+            load_weights(model, weights)
+        return model.eval(), {}
+    if is_file(name):
+        if Path(name).suffix not in ("", ".safetensors") and not Path(name).is_dir():
+            raise TdcError(
+                f"{name} is no checkpoint of 'tdc train' (.safetensors); give the model's name, or"
+                f" package.module:factory for one of your own, and PyTorch's weights as --weights"
+            )
+        if weights is not None:
+            raise TdcError(f"{name} has weights of its own; leave --weights out")
+        return load_dense(name)
+    return create_model(ModelConfig(name, weights=weights)).eval(), {}
 
 
 def _factory(name: str) -> Callable[[], Any]:
@@ -236,55 +250,6 @@ def _factory(name: str) -> Callable[[], Any]:
     return found
 
 
-def _torchvision_model(name: str, weights: str | None) -> nn.Module:
-    try:
-        from torchvision import models
-    except ModuleNotFoundError:
-        raise TdcError("models by name are torchvision's; install it with: pip install 'tdc-tvm[train]'") from None
-    if name not in models.list_models():
-        close = get_close_matches(name, models.list_models(), n=3)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise TdcError(f"torchvision has no model {name!r}{hint}; for a model of your own say package.module:factory")
-    if weights is not None:
-        known = [weight.name for weight in models.get_model_weights(name)]
-        if weights not in (*known, "DEFAULT"):
-            raise TdcError(
-                f"torchvision has no weights {weights!r} for {name}; there are {', '.join(known) or 'none'}, DEFAULT,"
-                " and checkpoints by their path"
-            )
-    try:
-        return models.get_model(name, weights=weights)
-    except OSError as error:
-        raise TdcError(f"cannot download the weights of {name}: {error}; give a checkpoint's path") from None
-
-
-def _load_checkpoint(model: nn.Module, path: str) -> None:
-    import torch
-
-    state: Any
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError:
-        raise TdcError(f"{path} needs safetensors; install it with: pip install safetensors") from None
-    except OSError as error:
-        raise TdcError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:  # damaged files raise several unrelated types
-        first = str(error).strip().partition("\n")[0]
-        raise TdcError(f"{path} is no checkpoint of tensors alone: {first}; save model.state_dict()") from error
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    try:
-        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    except (RuntimeError, AttributeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise TdcError(f"{path} does not fit {type(model).__name__}: {' '.join(lines[1:3] or lines)[:300]}") from None
-
-
 def _extents(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -293,42 +258,22 @@ def _extents(text: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-class _Images:
-    """Batches of 16 of some images of a folder, which has a folder for each class, as training reads them."""
+def _batches(
+    config: DataConfig, info: dict[str, Any], extents: tuple[int, int, int], samples: int, seed: int
+) -> Batches:
+    """Batches of 16 of some training images, as they are evaluated; ``info`` as of `load_network`."""
+    import numpy as np
 
-    def __init__(
-        self, folder: Path, extents: tuple[int, int, int], info: dict[str, Any], samples: int, seed: int
-    ) -> None:
-        import torch
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
+    from tdc_tvm.training.batches import make_batches
+    from tdc_tvm.training.data import read_dataset
+    from tdc_tvm.training.runs import as_trained
 
-        from tdc_tvm.training.data import IMAGENET_MEAN, IMAGENET_STD, read_image
-
-        channels, height, width = extents
-        if channels != 3 or height != width:
-            shape = f"{channels}x{height}x{width}"
-            raise TdcError(f"--data gives square images of 3 channels; the input is {shape}: leave --data out")
-
-        def read(path: str) -> np.ndarray:
-            try:
-                return read_image(path, height).copy()
-            except TdcError as error:
-                raise TdcError(f"cannot read the image {error}; repair or remove it") from None
-
-        scaled = transforms.Normalize(info.get("mean", IMAGENET_MEAN), info.get("std", IMAGENET_STD))
-        try:
-            data = ImageFolder(str(folder), transforms.Compose([transforms.ToTensor(), scaled]), loader=read)
-        except OSError as error:
-            raise TdcError(
-                f"cannot read images from {folder}: {error.strerror or error}; expected a folder for each class"
-            ) from None
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-        self.classes = len(data.classes)
-        self._batches = torch.utils.data.DataLoader(torch.utils.data.Subset(data, order), batch_size=16)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
+    size = extents[1] if config.name in ("imagefolder", "tiny-imagenet") else None
+    config = replace(as_trained(config, info), image_size=size, eval_batch_size=16, holdout=0, in_memory=False)
+    dataset = read_dataset(config)
+    found = (dataset.channels, dataset.image_size, dataset.image_size)
+    if found != extents:
+        shapes = ("x".join(map(str, shape)) for shape in (found, extents))
+        raise TdcError("the data's images are {}, the input is {}; say --input, or leave --data out".format(*shapes))
+    order = np.random.default_rng(seed).permutation(len(dataset.train))[:samples]
+    return make_batches(dataset.train.subset(np.sort(order)), dataset, config, train=False)

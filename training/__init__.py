@@ -11,10 +11,11 @@ try:
 except ModuleNotFoundError as error:
     raise TdcError("tdc_tvm.training needs PyTorch; install it with: pip install 'tdc-tvm[train]'") from error
 
+from tdc_tvm.training.checkpoint import load_weights
 from tdc_tvm.training.compression import History, compress
 from tdc_tvm.training.decompose import TuckerConv2d, apply_plan, decompose
 from tdc_tvm.training.export import export_onnx
-from tdc_tvm.training.models import load_model, load_weights
+from tdc_tvm.training.models import load_model
 
 if TYPE_CHECKING:
     from tdc_tvm.training.ranks import RankProblem, choose_ranks

@@ -7,6 +7,7 @@ Nothing here keeps a state that a checkpoint would have to hold: order and augme
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.training.config import DataConfig
-from tdc_tvm.training.data import Arrays, Dataset, ImageFiles, Split, corrupt_message, read_image
+from tdc_tvm.training.data import Arrays, Dataset, ImageFiles, Split, corrupt_message, open_image, read_image
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,16 +68,13 @@ def make_batches(
     Raises
     ------
     TdcError
-        If the batch size cannot be shared out, there are fewer training images than one batch has, or
-        ``augment`` is unknown.
+        If the batch size cannot be shared out, or there are fewer training images than one batch has.
     """
     size = config.batch_size if train else config.eval_batch_size
     if size < world or (train and size % world):
         raise TdcError(f"a batch of {size} images cannot be shared by {world} processes; choose a multiple")
     if train and len(split) < size:
         raise TdcError(f"there are {len(split)} training images, fewer than a batch of {size}; lower batch_size")
-    if config.augment not in ("pad-crop", "resized-crop", "none"):
-        raise TdcError(f"augment is {config.augment!r}; expected pad-crop, resized-crop or none")
     kind: Any = MemoryBatches if isinstance(split, Arrays) else FileBatches
     return kind(split, dataset, config, _Order(len(split), size, train, seed, rank, world), torch.device(device))
 
@@ -261,7 +259,7 @@ class FileBatches:
         loader = torch.utils.data.DataLoader(
             self.files,  # type: ignore[arg-type]
             batch_sampler=plan,  # type: ignore[arg-type]
-            num_workers=self.config.workers,
+            num_workers=min(self.config.workers, os.cpu_count() or 1),
             collate_fn=_collate,
             pin_memory=cuda,
             # Its draw would otherwise come from the global generator, and change it.
@@ -311,7 +309,7 @@ class _Files(torch.utils.data.Dataset):
         path = self.split.paths[index]
         try:
             if self.whole_image:
-                image = functional.pil_to_tensor(_open(path))
+                image = functional.pil_to_tensor(open_image(path))
             else:
                 # Evaluation on the middle 7/8 of the image, as torchvision's references do for ImageNet.
                 margin = self.size if self.augment is not None or self.size < 128 else self.size * 8 // 7
@@ -325,16 +323,6 @@ class _Files(torch.utils.data.Dataset):
                 torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
                 image = self.augment(image)
         return image, int(self.split.labels[index])
-
-
-def _open(path: Any) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise TdcError(f"{path} ({error})") from None
 
 
 def _collate(items: list[tuple[torch.Tensor, int] | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -391,8 +379,13 @@ class LoaderBatches:
             images, labels = batch
             if not isinstance(images, torch.Tensor) or not isinstance(labels, torch.Tensor):
                 raise TdcError("the loader's images and labels must be tensors")
+            if labels.shape != images.shape[:1] or labels.is_floating_point():
+                raise TdcError(
+                    f"the loader gives labels of type {labels.dtype} and shape {tuple(labels.shape)} for images of "
+                    f"shape {tuple(images.shape)}; expected one whole number for each image"
+                )
             if step >= start:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield images.to(self.device, non_blocking=True), labels.long().to(self.device, non_blocking=True)
 
 
 def seed_all(*parts: int) -> None:

@@ -14,17 +14,15 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
-from tdc_tvm.plan import DecompositionPlan, parse_ranks
+from tdc_tvm.plan import DecompositionPlan, RankSpec, parse_ranks
 from tdc_tvm.training.batches import Batches, LoaderBatches, seed_all
-from tdc_tvm.training.checkpoint import make_folder
-from tdc_tvm.training.config import CompressConfig, PhaseConfig, RunConfig
+from tdc_tvm.training.checkpoint import make_folder, phases_begun
+from tdc_tvm.training.config import PHASES, CompressConfig, PhaseConfig, RunConfig
 from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import evaluate, recalibrate
 from tdc_tvm.training.hooi import decompose_kernels
 from tdc_tvm.training.inputs import check_model, copy_model
 from tdc_tvm.training.trainer import PhaseResult, Trainer, broadcast, make_accelerator
-
-Plan = DecompositionPlan | Mapping[str, tuple[int, int]] | str | os.PathLike
 
 
 @dataclass
@@ -56,7 +54,7 @@ class History:
 def compress(
     model: nn.Module,
     loader: Batches | Iterable[Any],
-    plan: Plan,
+    plan: RankSpec,
     *,
     eval_loader: Batches | Iterable[Any] | None = None,
     holdout_loader: Batches | Iterable[Any] | None = None,
@@ -77,8 +75,8 @@ def compress(
         Any classifier: images in, logits (batch, classes) out.  It is not changed.
     loader : iterable
         Training data: a loader of (images, labels) such as a ``DataLoader``, or `Batches`.
-    plan : DecompositionPlan, mapping, preset's name or path
-        The ranks of every layer that is to be decomposed.
+    plan : RankSpec
+        The ranks of every layer that is to be decomposed, or any other way of saying ranks.
     eval_loader : iterable, optional
         Evaluated after every epoch, and reported as ``val``.
     holdout_loader : iterable, optional
@@ -110,7 +108,7 @@ def compress(
     Raises
     ------
     TdcError
-        If the plan does not fit the model, or training fails as `Trainer.fit` says.
+        If the plan does not fit the model, ``folder`` holds another run, or training fails as `Trainer.fit` says.
 
     Examples
     --------
@@ -118,15 +116,15 @@ def compress(
     """
     check_model(model)
     config, run = config or CompressConfig(), run or RunConfig()
-    spec = parse_ranks(plan)
-    if not isinstance(spec, DecompositionPlan):
-        raise TdcError(f"compress needs a plan with ranks per layer; found {plan!r}; resolve_plan makes one of it")
+    spec = resolve_plan(model, plan)
     apply_plan(model, spec)  # a plan for another model is refused before anything is trained
+    root = None if folder is None else Path(folder)
+    if root is not None:
+        _check_folder(root, config.method, spec, resume)
     accelerator = make_accelerator(run)
     batches = _batches(loader, accelerator, run.seed)
     given = {"holdout": holdout_loader, "val": eval_loader}
     parts = {name: _batches(part, accelerator, run.seed) for name, part in given.items() if part is not None}
-    root = None if folder is None else Path(folder)
     if root is not None and accelerator.is_main_process:
         make_folder(root)
         spec.save(root / "plan.json")
@@ -197,15 +195,27 @@ def compress(
             history.decomposition = figures
             if root is not None and accelerator.is_main_process:
                 write_json(root / "decomposition.json", figures)
-    title = {"dense": "dense", "scratch": "scratch"}.get(config.method, "finetune")
-    result = phase(title, finetune, student)
+    result = phase(PHASES[config.method][-1], finetune, student)
     history.finished = result.finished
     if root is not None and accelerator.is_main_process:
         write_json(root / "history.json", history.to_dict())
     return student.eval(), history
 
 
-def resolve_plan(model: nn.Module, ranks: Any) -> DecompositionPlan:
+def _check_folder(root: Path, method: str, plan: DecompositionPlan, resume: bool) -> None:
+    """Refuse a folder that holds another run, before anything is written there."""
+    begun = phases_begun(root)
+    if not begun:
+        return
+    if not resume:
+        raise TdcError(f"{root} holds a run already; continue it with resume, or choose another folder")
+    if begun != set(PHASES[method][: len(begun)]):
+        raise TdcError(f"{root} holds a run of another method than {method}; resume that, or choose another folder")
+    if DecompositionPlan.load(root / "plan.json").layers != plan.layers:
+        raise TdcError(f"{root} holds a run with other ranks; resume with its plan.json, or choose another folder")
+
+
+def resolve_plan(model: nn.Module, ranks: RankSpec) -> DecompositionPlan:
     """Ranks per layer from any way of saying them: a pair, an energy, a preset, a plan or its file.
 
     Raises
@@ -218,7 +228,7 @@ def resolve_plan(model: nn.Module, ranks: Any) -> DecompositionPlan:
         return spec
     from tdc_tvm.training.decompose import decompose
 
-    return decompose(model, spec)[1].plan  # type: ignore[arg-type]
+    return decompose(model, spec)[1].plan
 
 
 def reinitialize(model: nn.Module) -> None:

@@ -15,8 +15,10 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.files import write_atomic
 from tdc_tvm.training.admm import AdmmConfig
 
-METHODS = ("admm", "direct", "scratch", "dense")
+# The phases of each method of compression, in order.
+PHASES = {"admm": ("admm", "finetune"), "direct": ("finetune",), "scratch": ("scratch",), "dense": ("dense",)}
 PRECISIONS = ("fp32", "bf16", "fp16")
+AUGMENTS = ("pad-crop", "resized-crop", "none")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class DataConfig:
     cache : str, optional
         Folder for decoded sets; by default ``~/.cache/tdc_tvm``.
     workers : int
-        Threads that decode, or processes that load files.
+        Threads that decode, or processes that load files; at most one for each CPU.
     skip_corrupt : bool
         Leave out images that cannot be read; by default they are an error.
     download : bool
@@ -82,6 +84,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _expect(0 <= self.erase <= 1, f"erase is {self.erase:g}; expected 0 to 1")
+        _expect(self.image_size is None or self.image_size > 0, f"image_size is {self.image_size}; expected 1 or more")
+        _expect(self.batch_size > 0, f"batch_size is {self.batch_size}; expected 1 or more")
+        _expect(self.eval_batch_size > 0, f"eval_batch_size is {self.eval_batch_size}; expected 1 or more")
+        _expect(self.holdout >= 0, f"holdout is {self.holdout}; expected 0 or more")
+        _expect(self.workers >= 0, f"workers is {self.workers}; expected 0 or more")
+        _expect(self.padding >= 0, f"padding is {self.padding}; expected 0 or more")
+        _expect(0 < self.crop_scale <= 1, f"crop_scale is {self.crop_scale:g}; expected above 0 to 1")
+        _expect(self.augment in AUGMENTS, f"augment is {self.augment!r}; expected {', '.join(AUGMENTS)}")
+        _expect(all(value > 0 for value in self.std or ()), f"std is {self.std}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class ModelConfig:
     small_images : bool
         The form for images of about 32 to 64 pixels: see `tdc_tvm.training.models.create_model`.
     weights : str, optional
-        A ``.safetensors`` file that training wrote, or torchvision's name of weights (``DEFAULT``).
+        A checkpoint's path, as of `tdc_tvm.training.load_weights`, or torchvision's name of weights (``DEFAULT``).
     """
 
     name: str = "resnet18"
@@ -151,9 +162,14 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         _expect(self.optimizer in ("sgd", "adamw"), f"optimizer is {self.optimizer!r}; expected sgd or adamw")
         _expect(self.epochs >= 0, f"epochs is {self.epochs}; expected 0 or more")
-        _expect(self.lr > 0, f"lr is {self.lr:g}; expected more than 0")
-        _expect(0 <= self.distill_weight <= 1, f"distill_weight is {self.distill_weight:g}; expected 0 to 1")
-        _expect(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay:g}; expected 0 to below 1")
+        for name in ("lr", "distill_temperature", *(["clip_norm"] if self.clip_norm is not None else [])):
+            _expect(getattr(self, name) > 0, f"{name} is {getattr(self, name):g}; expected more than 0")
+        for name in ("weight_decay", "warmup_epochs", "mixup"):
+            _expect(getattr(self, name) >= 0, f"{name} is {getattr(self, name):g}; expected 0 or more")
+        for name in ("momentum", "ema_decay"):
+            _expect(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name):g}; expected 0 to below 1")
+        for name in ("final_lr", "label_smoothing", "distill_weight"):
+            _expect(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name):g}; expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,9 @@ class CompressConfig:
     recalibration_batches: int = 50
 
     def __post_init__(self) -> None:
-        _expect(self.method in METHODS, f"method is {self.method!r}; expected {', '.join(METHODS)}")
+        _expect(self.method in PHASES, f"method is {self.method!r}; expected {', '.join(PHASES)}")
+        batches = self.recalibration_batches
+        _expect(batches >= 0, f"recalibration_batches is {batches}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -223,6 +241,8 @@ class RunConfig:
         _expect(self.precision in PRECISIONS, f"precision is {self.precision!r}; expected {', '.join(PRECISIONS)}")
         _expect(self.device in ("auto", "cpu"), f"device is {self.device!r}; expected auto or cpu")
         _expect(self.log_steps >= 1, f"log_steps is {self.log_steps}; expected 1 or more")
+        _expect(self.checkpoint_steps >= 0, f"checkpoint_steps is {self.checkpoint_steps}; expected 0 or more")
+        _expect(self.seed >= 0, f"seed is {self.seed}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -234,6 +254,17 @@ class Config:
     train: PhaseConfig = field(default_factory=PhaseConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data as ``outer.inner`` keys."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
 
 
 T = TypeVar("T")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +109,7 @@ def read_dataset(config: DataConfig) -> Dataset:
         raise TdcError(f"no data set named {config.name!r}; there are: {', '.join(_SOURCES)}")
     source = _SOURCES[config.name]
     root = Path(config.root).expanduser()
-    if not root.is_dir():
+    if not config.root or not root.is_dir():
         raise TdcError(f"the data set's folder {config.root or '(none given)'} does not exist; say where it is (root)")
     train, val, classes = source.read(config, root)
     size = config.image_size or source.image_size
@@ -120,6 +122,9 @@ def read_dataset(config: DataConfig) -> Dataset:
             skipped += reasons
     if isinstance(train, Arrays):
         size = train.images.shape[1]
+        if isinstance(val, Arrays) and val.images.shape[1:] != train.images.shape[1:]:
+            shapes = " and ".join("x".join(map(str, part.images.shape[1:])) for part in (train, val))
+            raise TdcError(f"train and val of {config.root} have images of {shapes}; expected the same shape")
         if config.image_size not in (None, size):
             raise TdcError(f"{config.name} has images of {size} pixels, image_size asks for {config.image_size}")
     for part, split in (("train", train), ("val", val)):
@@ -169,14 +174,32 @@ def load_arrays(path: str | os.PathLike) -> tuple[Arrays, list[str], str]:
         with np.load(path, allow_pickle=False) as file:
             arrays = Arrays(file["images"], file["labels"].astype(np.int64))
             classes, fingerprint = [str(name) for name in file["classes"]], str(file["fingerprint"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise TdcError(f"cannot read decoded images from {path}: {error}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise TdcError(f"cannot read decoded images from {path}: {error}; make the file anew") from None
     if arrays.images.ndim != 4 or arrays.images.dtype != np.uint8 or len(arrays.images) != len(arrays):
         raise TdcError(
             f"{path} has images of shape {arrays.images.shape} ({arrays.images.dtype}) and {len(arrays)} labels; "
             "expected uint8 (count, height, width, channels) and as many labels"
         )
     return arrays, classes, fingerprint
+
+
+def open_image(path: str | os.PathLike) -> Any:
+    """Read a file as a PIL image in RGB.
+
+    Raises
+    ------
+    TdcError
+        If the file is missing or is no whole image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).replace(str(path), "it")
+        raise TdcError(f"{path} ({reason})") from None
 
 
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -190,16 +213,11 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     Raises
     ------
     TdcError
-        If the file is missing or is no whole image.
+        As `open_image`.
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).replace(str(path), "it")
-        raise TdcError(f"{path} ({reason})") from None
+    picture = open_image(path)
     if picture.size != (size, size):
         scale = size / min(picture.size)
         width, height = (max(size, round(extent * scale)) for extent in picture.size)

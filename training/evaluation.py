@@ -15,7 +15,7 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.training.batches import Batches
-from tdc_tvm.training.inputs import eval_mode
+from tdc_tvm.training.inputs import eval_mode, run_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,16 +53,16 @@ def evaluate(
     Raises
     ------
     TdcError
-        If the model has fewer outputs than the data classes.
+        If the model does not run on the images, or its outputs do not fit the labels.
     """
     sums: torch.Tensor | None = None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with eval_mode(model):
         for images, labels in batches.epoch(0):
             with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-                logits = model(images).float()
-            _check(logits.shape[1], labels, batches.classes)
-            part = _count(logits, labels)
+                logits = run_model(model, (images,))
+            check_logits(logits, labels, batches.classes)
+            part = _count(logits.float(), labels)
             sums = part if sums is None else sums + part
     if sums is None:
         sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
@@ -100,7 +100,7 @@ def evaluate_onnx(path: str | os.PathLike, batches: Batches) -> Score:
             except Exception as error:
                 raise TdcError(f"ONNX Runtime cannot run {path} on {tuple(whole.shape)}: {error}") from None
             logits = torch.from_numpy(output)[: len(part)].float()
-            _check(logits.shape[1], truth, batches.classes)
+            check_logits(logits, truth, batches.classes)
             sums += _count(logits, truth)
     return _score(sums)
 
@@ -143,11 +143,34 @@ def _cumulative(norms: list[Any]) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _check(outputs: int, labels: torch.Tensor, classes: int | None) -> None:
+def check_logits(logits: Any, labels: torch.Tensor, classes: int | None, who: str = "the model") -> None:
+    """Refuse outputs that are no logits (batch, classes), or of other classes than the labels are.
+
+    Parameters
+    ----------
+    logits
+        What ``who`` gave.
+    labels : torch.Tensor
+        Of the same images.
+    classes : int, optional
+        How many the data have; None looks at the labels.
+    who : str
+        For messages.
+
+    Raises
+    ------
+    TdcError
+        If they do not fit.
+    """
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise TdcError(f"{who} gives {found}; expected logits of shape ({len(labels)}, classes)")
+    outputs = logits.shape[1]
     if classes is not None and classes != outputs:
-        raise TdcError(f"class count mismatch: the model has {outputs} outputs, the data {classes} classes")
-    if classes is None and len(labels) and int(labels.max()) >= outputs:
-        raise TdcError(f"class count mismatch: the model has {outputs} outputs, the data a label {int(labels.max())}")
+        raise TdcError(f"class count mismatch: {who} has {outputs} outputs, the data {classes} classes")
+    for label in () if classes is not None or not len(labels) else (int(labels.min()), int(labels.max())):
+        if not 0 <= label < outputs:
+            raise TdcError(f"class count mismatch: {who} has {outputs} outputs, the data a label {label}")
 
 
 def _count(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,7 @@ class LatencyTable:
         except ValueError as error:
             raise TdcError(f"{path} is not valid JSON: {error}") from None
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or "device" not in data:
             raise TdcError(
                 f"{path} is no table of latencies of format_version {FORMAT_VERSION} (found {version!r});"
                 " give another file, or a name that is not there yet to write one"

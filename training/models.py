@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
-from tdc_tvm.training.checkpoint import load_checkpoint
+from tdc_tvm.training.checkpoint import load_checkpoint, load_weights
 from tdc_tvm.training.config import ModelConfig
 from tdc_tvm.training.decompose import apply_plan
 
 
-def create_model(config: ModelConfig, classes: int, channels: int = 3) -> nn.Module:
+def create_model(config: ModelConfig, classes: int = 1000, channels: int = 3) -> nn.Module:
     """Make a model with random weights, or with those that ``config.weights`` names.
 
     ``small_images`` keeps the resolution that networks for 224 x 224 images give away at once: ResNets and
@@ -33,51 +34,42 @@ def create_model(config: ModelConfig, classes: int, channels: int = 3) -> nn.Mod
     Raises
     ------
     TdcError
-        If torchvision has no such model, it has no form for small images, or the weights do not fit.
+        If torchvision has no such model, it has no form for small images, or the weights are not there or do not fit.
     """
-    import torchvision
+    from torchvision import models
 
-    try:
-        pretrained = config.weights is not None and not _is_file(config.weights)
-        if pretrained:
-            model = torchvision.models.get_model(config.name, weights=config.weights)
-            _replace_head(model, classes, config.name)
-        else:
-            model = torchvision.models.get_model(config.name, weights=None, num_classes=classes)
-    except (ValueError, KeyError) as error:
+    known = models.list_models(module=models)
+    if config.name not in known:
+        close = get_close_matches(config.name, known, n=3)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise TdcError(
-            f"torchvision has no model {config.name!r} with weights {config.weights!r} ({error}); "
-            "torchvision.models.list_models() names the models"
-        ) from None
-    if config.small_images:
-        if pretrained:
+            f"torchvision has no model {config.name!r} for classification{hint}; torchvision.models.list_models() "
+            "names them"
+        )
+    pretrained = config.weights is not None and not is_file(config.weights)
+    if pretrained:
+        if config.small_images:
             raise TdcError("torchvision's weights are for its own stems; leave out small_images or the weights")
+        names = [*(weights.name for weights in models.get_model_weights(config.name)), "DEFAULT"]
+        if config.weights not in names:
+            raise TdcError(
+                f"torchvision has no weights {config.weights!r} for {config.name}; there are {', '.join(names)}, and "
+                "checkpoints by their path"
+            )
+        try:
+            model = models.get_model(config.name, weights=config.weights)
+        except OSError as error:
+            raise TdcError(f"cannot download the weights of {config.name}: {error}; give a checkpoint's path") from None
+        _replace_head(model, classes)
+    else:
+        model = models.get_model(config.name, weights=None, num_classes=classes)
+    if config.small_images:
         _adapt_to_small_images(model, config.name, classes)
     if channels != 3:
         _set_channels(model, channels)
     if config.weights is not None and not pretrained:
         load_weights(model, config.weights)
     return model
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Load weights that training wrote into a model of the same structure.
-
-    Raises
-    ------
-    TdcError
-        If the file cannot be read or is of another model.
-    """
-    tensors, _ = load_checkpoint(path)
-    own = model.state_dict()
-    wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
-    wrong += [name for name in tensors if name not in own]
-    if wrong:
-        raise TdcError(
-            f"{path} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, left over or of another "
-            f"shape, such as {wrong[0]!r}; use the model, class count and plan that it was trained with"
-        )
-    model.load_state_dict(tensors)
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
@@ -88,7 +80,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     model : nn.Module
         In eval mode, on the CPU.
     info : dict
-        What the checkpoint says: ``model``, ``plan``, ``classes``, ``channels`` and ``data``.
+        What the checkpoint says: ``model``, ``plan``, ``classes``, ``channels``, ``image_size``, ``mean`` and ``std``.
 
     Raises
     ------
@@ -108,8 +100,23 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), info
 
 
-def _is_file(weights: str) -> bool:
-    return Path(weights).suffix == ".safetensors"
+def load_dense(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """As `load_model`, of a network that is not compressed yet; ``path`` may be the folder of its run.
+
+    Raises
+    ------
+    TdcError
+        As `load_model`, and if it is compressed.
+    """
+    model, info = load_model(Path(path) / "model.safetensors" if Path(path).is_dir() else path)
+    if info.get("plan"):
+        raise TdcError(f"{path} is compressed already; give the dense network that it was made from")
+    return model, info
+
+
+def is_file(name: str) -> bool:
+    """Whether a file or folder is meant, and not one of torchvision's names."""
+    return os.sep in name or Path(name).suffix != ""
 
 
 def _adapt_to_small_images(model: Any, name: str, classes: int) -> None:
@@ -149,7 +156,7 @@ def _set_channels(model: nn.Module, channels: int) -> None:
     setattr(model.get_submodule(parent), child, stem)
 
 
-def _replace_head(model: nn.Module, classes: int, name: str) -> None:
+def _replace_head(model: nn.Module, classes: int) -> None:
     """Give a pretrained model a linear layer for another number of classes."""
     head, linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     if linear.out_features == classes:

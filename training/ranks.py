@@ -255,7 +255,7 @@ class RankProblem:
             chosen, reached = solve_knapsack(errors, [(times, limit - self.other_us)], gap)
         elif kind == "mac_reduction":
             limit = (1.0 - value) * sum(float(layer.macs[0]) for layer in self.layers)
-            self._check_reach("mac_reduction", limit, _least(macs), theta)
+            self._check_reach("mac_reduction", limit, _least(macs), None if by_macs else theta)
             chosen, reached = solve_knapsack(errors, [(macs, limit)], gap)
             goal = f"least error at {value:.1%} fewer MACs"
             if not by_macs:
@@ -300,10 +300,14 @@ class RankProblem:
     def _dense_us(self) -> float:
         return self.other_us + sum(float(layer.latency_us[0]) for layer in self.layers)
 
-    def _check_reach(self, kind: str, limit: float, least: float, theta: float) -> None:
+    def _check_reach(self, kind: str, limit: float, least: float, theta: float | None) -> None:
         """Refuse a budget that is below the least that the options allow."""
         if least <= limit:
             return
+        total = sum(float(layer.macs[0]) for layer in self.layers)
+        if theta is None:
+            wanted, most = 1 - limit / total, 1 - least / total
+            raise TdcError(f"{wanted:.1%} fewer MACs cannot be reached: {most:.1%} is the most; ask for fewer")
         fast = sum(len(_allowed(layer, theta)) > 1 for layer in self.layers)
         able = sum(len(layer.options) > 1 for layer in self.layers)
         why = f"{fast} of {able} layers with a Tucker form have ranks that are {theta:.0%} faster"
@@ -313,7 +317,6 @@ class RankProblem:
                 f"{limit:.1f} us cannot be reached: the least predicted is {least:.1f} us, {dense}; {why};"
                 " ask for more time, or lower theta"
             )
-        total = sum(float(layer.macs[0]) for layer in self.layers)
         fewest = sum(float(layer.macs.min()) for layer in self.layers)
         raise TdcError(
             f"{1 - limit / total:.1%} fewer MACs cannot be reached: {1 - least / total:.1%} is the most, as {why} than"
@@ -339,7 +342,7 @@ def find_device(device: DeviceSpec | Target | str) -> DeviceSpec:
     try:
         return DeviceSpec.from_target(resolve_target(device))
     except TdcError as error:
-        raise TdcError(f"no device {str(device)!r}: {error}; GPUS known by name: {', '.join(GPUS)}") from None
+        raise TdcError(f"no device {str(device)!r}: {error}; GPUs known by name: {', '.join(GPUS)}") from None
 
 
 def _least(values: Rows) -> float:

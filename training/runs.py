@@ -13,13 +13,14 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.training.batches import Batches, make_batches, seed_all
-from tdc_tvm.training.checkpoint import make_folder
+from tdc_tvm.training.checkpoint import make_folder, phases_begun
 from tdc_tvm.training.compression import History, compress, resolve_plan, write_json
-from tdc_tvm.training.config import Config, DataConfig, RunConfig, save_config
+from tdc_tvm.training.config import Config, DataConfig, RunConfig, flat, load_config, save_config
 from tdc_tvm.training.data import Dataset, read_dataset
 from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import Score, evaluate, evaluate_onnx
 from tdc_tvm.training.export import export_onnx
+from tdc_tvm.training.inputs import eval_mode, example_inputs, run_model
 from tdc_tvm.training.models import create_model, load_model
 from tdc_tvm.training.trainer import PhaseResult, Trainer, make_accelerator
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 INPUT_PROPERTY = "tdc.input"
+# Of a configuration, what a run that continues may have otherwise: its results stay the same.
+_FREE = (
+    "data.root", "data.cache", "data.download", "data.workers", "data.eval_batch_size", "model.weights",
+    "run.device", "run.checkpoint_steps", "run.log_steps", "run.tensorboard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +104,15 @@ def train(
     Raises
     ------
     TdcError
-        For mistakes in the configuration and the data, and as `Trainer.fit` says.
+        For mistakes in the configuration and the data, if ``folder`` holds another run, and as `Trainer.fit` says.
     """
+    _check_folder(config, folder, resume, "train")
     accelerator = make_accelerator(config.run)
     data = data or open_data(config.data, config.run, accelerator)
     seed_all(config.run.seed)
     model = create_model(config.model, len(data.dataset.classes), data.dataset.channels)
+    with eval_mode(model):
+        run_model(model, example_inputs(model, data.shape))  # images may be too small for it
     trainer = Trainer(
         model,
         data.train,
@@ -159,9 +168,11 @@ def compress_run(
     TdcError
         For mistakes in the configuration and the data, and as `compress` and `export_onnx` say.
     """
+    plan = resolve_plan(model, ranks)
+    apply_plan(model, plan)  # a plan for another model is refused before the data are read
+    _check_folder(config, folder, resume, "compress")
     accelerator = make_accelerator(config.run)
     data = data or open_data(config.data, config.run, accelerator)
-    plan = resolve_plan(model, ranks)
     _write_config(config, folder, accelerator)
     info = model_info(config, data.dataset)
     tucker, history = compress(
@@ -229,13 +240,7 @@ def evaluate_file(path: str | os.PathLike, config: DataConfig, run: RunConfig) -
         about, model = _onnx_input(path), None
     else:
         model, about = load_model(path)
-    if about:
-        config = replace(
-            config,
-            image_size=config.image_size or (about["image_size"] if config.name == "imagefolder" else None),
-            mean=config.mean or about["mean"],
-            std=config.std or about["std"],
-        )
+    config = as_trained(config, about)
     accelerator = make_accelerator(run)
     with accelerator.main_process_first():
         dataset = read_dataset(config)
@@ -263,6 +268,14 @@ def evaluate_file(path: str | os.PathLike, config: DataConfig, run: RunConfig) -
     return scores
 
 
+def as_trained(config: DataConfig, info: dict[str, Any]) -> DataConfig:
+    """The configuration of data for a model of which a file says ``info`` (empty if it says nothing)."""
+    if not info:
+        return config
+    size = config.image_size or (info["image_size"] if config.name in ("imagefolder", "tiny-imagenet") else None)
+    return replace(config, image_size=size, mean=config.mean or info["mean"], std=config.std or info["std"])
+
+
 def model_info(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a checkpoint says of its model."""
     return {
@@ -282,6 +295,23 @@ def _onnx_input(path: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # protobuf's own types
         raise TdcError(f"cannot read {path} as an ONNX model: {error}") from None
     return next((json.loads(prop.value) for prop in properties if prop.key == INPUT_PROPERTY), {})
+
+
+def _check_folder(config: Config, folder: str | os.PathLike, resume: bool, section: str) -> None:
+    """Refuse a folder that holds a run, or one of another configuration; ``section`` is that of the command."""
+    path = Path(folder) / "config.yaml"
+    if phases_begun(folder) and not resume:
+        raise TdcError(f"{folder} holds a run already; continue it with resume, or choose another folder")
+    if not phases_begun(folder) or not path.is_file():
+        return
+    before, now = flat(asdict(load_config(path))), flat(asdict(config))
+    parts = ("data", "model", "run", section)
+    differing = [k for k in now if k.partition(".")[0] in parts and k not in _FREE and before[k] != now[k]]
+    if differing:
+        raise TdcError(
+            f"{folder} holds a run of another configuration (they differ in {', '.join(differing[:5])}); resume with "
+            "the one that it was started with, or choose another folder"
+        )
 
 
 def _write_config(config: Config, folder: str | os.PathLike, accelerator: Accelerator) -> None:

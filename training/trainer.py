@@ -23,14 +23,16 @@ from tdc_tvm.training.batches import Batch, Batches, seed_all
 from tdc_tvm.training.checkpoint import (
     load_checkpoint,
     load_optimizer,
+    load_state_dict,
     make_folder,
     optimizer_tensors,
     part,
     save_checkpoint,
     with_prefix,
 )
-from tdc_tvm.training.config import PhaseConfig, RunConfig
-from tdc_tvm.training.evaluation import evaluate
+from tdc_tvm.training.config import PhaseConfig, RunConfig, flat
+from tdc_tvm.training.evaluation import check_logits, evaluate
+from tdc_tvm.training.inputs import run_model
 from tdc_tvm.training.progress import Log, Progress
 
 if TYPE_CHECKING:
@@ -137,12 +139,14 @@ class Trainer:
             "admm": None if admm is None else {"ranks": {k: list(v) for k, v in admm[0].items()}, **asdict(admm[1])},
             **{key: getattr(run, key) for key in ("seed", "precision", "channels_last", "compile", "deterministic")},
         }
-        self.memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+        # PyTorch has channels_last for tensors of four dimensions; kernels of Conv3d have five.
+        flat = run.channels_last and all(parameter.ndim < 5 for parameter in model.parameters())
+        self.memory_format = torch.channels_last if flat else torch.contiguous_format
         self.model.to(self.device).to(memory_format=self.memory_format)
         state = self._find_state()
         self.finished = state is not None and state[1]["finished"]
         if state is not None:
-            self.model.load_state_dict(state[0] if self.finished else part(state[0], "model"))
+            load_state_dict(self.model, state[0] if self.finished else part(state[0], "model"), self._last)
         self.teacher = None
         if phase.distill_weight and not self.finished:
             if teacher is None:
@@ -174,8 +178,8 @@ class Trainer:
         Raises
         ------
         TdcError
-            If the loss is not finite (the last checkpoint stays), the labels do not fit the model's outputs, or a
-            checkpoint cannot be written.
+            If the model does not run on the images, its outputs do not fit the labels, the loss is not finite (the
+            last checkpoint stays), or a checkpoint cannot be written.
         """
         if self.finished:
             return PhaseResult(True, self.epoch, self.history)
@@ -281,15 +285,19 @@ class Trainer:
 
             images, targets = v2.MixUp(alpha=phase.mixup, num_classes=self.batches.classes)(images, labels)
         with self._autocast():
-            logits = model(images)
+            logits = run_model(model, (images,))
         if first:
-            self._check_classes(logits, labels)
+            check_logits(logits, labels, self.batches.classes)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=phase.label_smoothing)
         if self.teacher is not None:
             with torch.no_grad(), self._autocast():
-                expected = self.teacher(images).float()
-            loss = torch.lerp(loss, distillation(logits, expected, phase.distill_temperature), phase.distill_weight)
+                expected = run_model(self.teacher, (images,))
+            if first:
+                check_logits(expected, labels, logits.shape[1], "the teacher")
+            loss = torch.lerp(
+                loss, distillation(logits, expected.float(), phase.distill_temperature), phase.distill_weight
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -343,22 +351,13 @@ class Trainer:
             culprit = None if bool(torch.stack(norms).isfinite().all()) else "weights became NaN or infinite"
         if culprit is not None:
             kept = "there is no checkpoint"
-            if self.folder is not None and (self.folder / "last.safetensors").is_file():
-                kept = f"the last good checkpoint is {self.folder / 'last.safetensors'}"
+            if self.folder is not None and self._last.is_file():
+                kept = f"the last good checkpoint is {self._last}"
             raise TdcError(
                 f"{culprit} by step {number % self.steps + 1} of epoch {self.epoch + 1} ({self.title}); "
                 f"{kept}; lower lr, set clip_norm, or train in another precision"
             )
         return loss / max(count, 1)
-
-    def _check_classes(self, logits: Any, labels: torch.Tensor) -> None:
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise TdcError(f"the model gives {found}; expected logits of shape (batch, classes)")
-        classes, most = self.batches.classes, int(labels.max())
-        if classes not in (None, logits.shape[1]) or most >= logits.shape[1]:
-            data = f"{classes} classes" if classes is not None else f"a label {most}"
-            raise TdcError(f"class count mismatch: the model has {logits.shape[1]} outputs, the data {data}")
 
     def _late(self, epoch_seconds: float) -> bool:
         """Whether the next epoch would end after the deadline; the main process decides for all."""
@@ -369,11 +368,16 @@ class Trainer:
             broadcast([late])
         return bool(late.item())
 
-    def _find_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    @property
+    def _last(self) -> Path:
         """The checkpoint to continue from."""
-        if self.folder is None or not (self.folder / "last.safetensors").is_file():
+        return (self.folder or Path()) / "last.safetensors"
+
+    def _find_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What the checkpoint holds, if there is one."""
+        if self.folder is None or not self._last.is_file():
             return None
-        path = self.folder / "last.safetensors"
+        path = self._last
         if not self.resume:
             raise TdcError(f"{self.folder} holds a run already; continue it with resume, or choose another folder")
         tensors, data = load_checkpoint(path)
@@ -381,8 +385,8 @@ class Trainer:
             tensors, _ = load_checkpoint(self.folder / "model.safetensors")
         now = json.loads(json.dumps(self.config))
         if data.get("config") != now:
-            before = _flat(data.get("config") or {})
-            differing = [key for key, value in _flat(now).items() if before.get(key) != value]
+            before = flat(data.get("config") or {})
+            differing = [key for key, value in flat(now).items() if before.get(key) != value]
             raise TdcError(
                 f"{path} was written by another configuration (they differ in {', '.join(differing[:5])}); "
                 "resume with the one that the run was started with, or choose another folder"
@@ -430,7 +434,7 @@ class Trainer:
             if self.admm is not None:
                 state, data["admm"] = self.admm.state_dict()
                 tensors |= with_prefix("admm", state)
-        save_checkpoint(self.folder / "last.safetensors", tensors, data)
+        save_checkpoint(self._last, tensors, data)
 
     def _save_weights(self, name: str, record: Mapping[str, Any]) -> None:
         """Write the weights alone, those of the moving average if there is one."""
@@ -509,14 +513,3 @@ def _determinism(enabled: bool, device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.benchmark = benchmark
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested data as ``outer.inner`` keys."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

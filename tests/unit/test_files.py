@@ -77,9 +77,10 @@ def test_no_permission_is_the_users_mistake(tmp_path, monkeypatch):
         pass
 
 
-def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path):
-    with pytest.raises(TdcError, match="no space left"):
-        write_and_raise(tmp_path / "x", OSError(errno.ENOSPC, "full"))
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EFBIG, "see ulimit -f")])
+def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path, number, message):
+    with pytest.raises(TdcError, match=message):
+        write_and_raise(tmp_path / "x", OSError(number, "full"))
     assert not os.listdir(tmp_path)
 
 

@@ -43,10 +43,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(MODULE)
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
         for i in range(3):
             pixels = rng.integers(0, 256, (20, 24, 3), np.uint8)
-            image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+            image.fromarray(pixels).save(tmp_path / "images" / "train" / name / f"{i}.png")
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_the_main_job(folder):
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in load_network(OWN[0], None)[0].state_dict().items()}}, "w.pt"
     )
-    arguments = (*OWN, "--max-error", "0.5", "--theta", "0", "--weights", "w.pt", "--data", "images", "--batch", 64)
+    arguments = (*OWN, "--max-error", "0.5", "--theta", "0", "--weights", "w.pt", "--root", "images", "--batch", 64)
     text = tdc_plan(*arguments, "--table", "table.json", "--macs-plan", "macs.json", "--pareto", "front.html")
     assert "convolutions of own_models:net on H100, tf32" in text
     assert "expected increase of the loss" in text
@@ -82,6 +82,7 @@ def test_the_main_job(folder):
         "front.html", "macs.json", "own_models.py", "plan.json", "table.json", "w.pt",
     ]  # fmt: skip
 
+    assert "wrote table.json" not in tdc_plan(*arguments, "--table", "table.json")
     data = json.loads(tdc_plan(*arguments, "--table", "table.json", "--json"))
     assert data["totals"]["error"] <= 0.5
     assert {layer["name"]: tuple(layer["ranks"].values()) for layer in data["layers"] if layer["ranks"]} == {
@@ -100,11 +101,14 @@ def test_the_main_job(folder):
         (("--mac-reduction", "0.99"), r"99.0% fewer MACs cannot be reached: 0.0% is the most"),
         (("--speedup", 2, "--device", "H1"), "no device 'H1'"),
         (("--speedup", 2, "--input", "224x224"), "cannot read the input '224x224'; expected channels"),
-        (("--speedup", 2, "--input", "1x16x16", "--data", "images"), "--data gives square images of 3 channels"),
-        (("--speedup", 2, "--data", "nowhere"), "cannot read images from nowhere"),
+        (("--mac-reduction", "0.99", "--objective", "macs"), r"reached: 80\.6% is the most; ask for fewer"),
+        (("--speedup", 2, "--input", "1x16x16", "--root", "images"), "images are 3x16x16, the input is 1x16x16"),
+        (("--speedup", 2, "--root", "nowhere"), "the data set's folder nowhere does not exist"),
+        (("--speedup", 2, "--data", "imagefolder"), r"the data set's folder \(none given\) does not exist"),
         (("--speedup", 2, "--output", "plan.txt"), r"a plan ends in .json or .yaml or .yml; found 'plan.txt'"),
         (("--speedup", 2, "--pareto", "front.pdf"), "a front ends in .png or .html"),
         (("--speedup", 2, "--table", "own_models.py"), "own_models.py is not valid JSON"),
+        (("--speedup", 2, "--table", "old_plan.json"), "old_plan.json is no table of latencies"),
         (("--speedup", 2, "--macs-plan", "plan.json"), "plan.json would be lost"),
         (("--speedup", 2, "--weights", "DEFAULT"), "torchvision's weights 'DEFAULT' are for its models"),
         (("--speedup", 2, "--weights", "none.pt"), "cannot read the checkpoint none.pt: No such file"),
@@ -112,6 +116,7 @@ def test_the_main_job(folder):
     ],
 )
 def test_mistakes_leave_nothing_behind(folder, arguments, message):
+    DecompositionPlan({"2": (8, 8)}).save("old_plan.json")
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(TdcError, match=message):
         tdc_plan(*OWN, *arguments)
@@ -121,7 +126,9 @@ def test_mistakes_leave_nothing_behind(folder, arguments, message):
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("resnet81", None, r"torchvision has no model 'resnet81' \(did you mean .*resnet18"),
+        ("resnet81", None, r"torchvision has no model 'resnet81' for classification \(did you mean .*resnet18"),
+        ("runs/dense", None, "cannot read the checkpoint runs/dense"),
+        ("net.pt", None, "net.pt is no checkpoint of 'tdc train'"),
         ("resnet18", "IMAGENET", "no weights 'IMAGENET' for resnet18; there are IMAGENET1K_V1, DEFAULT"),
         ("nowhere.models:net", None, "cannot import 'nowhere.models'"),
         ("own_models:nat", None, "the module own_models has no function 'nat'"),
@@ -136,45 +143,74 @@ def test_models_that_are_not_there(folder, name, weights, message):
 
 def test_checkpoints_that_do_not_fit(folder):
     torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
-    with pytest.raises(TdcError, match=r"other.pt does not fit Sequential: Missing key"):
+    with pytest.raises(TdcError, match=r"other.pt does not fit Sequential: 8 tensors are missing, left over"):
         load_network("own_models:net", "other.pt")
     torch.save([1, 2], "list.pt")
-    with pytest.raises(TdcError, match=r"list.pt does not fit Sequential"):
+    with pytest.raises(TdcError, match=r"list.pt is no checkpoint of tensors alone"):
         load_network("own_models:net", "list.pt")
 
 
-def test_a_trained_checkpoint_says_what_it_takes(folder):
+def test_a_run_says_what_it_takes(folder):
     from tdc_tvm.training.checkpoint import save_checkpoint
-    from tdc_tvm.training.config import ModelConfig
+    from tdc_tvm.training.config import Config, DataConfig, ModelConfig, save_config
     from tdc_tvm.training.models import create_model
 
     model = create_model(ModelConfig("resnet18", small_images=True), classes=2)
     info = {"model": {"name": "resnet18", "small_images": True}, "classes": 2, "channels": 3, "image_size": 16,
             "mean": [0.5] * 3, "std": [0.25] * 3}  # fmt: skip
-    save_checkpoint("net.safetensors", model.state_dict(), info)
+    (folder / "run").mkdir()
+    save_checkpoint("run/model.safetensors", model.state_dict(), info)
+    save_config(Config(DataConfig("imagefolder", "images", image_size=16, workers=0)), "run/config.yaml")
     table = LatencyTable("H100", "fp32", "made up")
     convs = conv_calls(model, (1, 3, 16, 16), "fp32")[0]
     shapes = {Conv2dShape(1, 1, 1, 512, 2), *(shape for calls in convs.values() for shape in calls)}
     table.layers = {shape: LayerLatencies(1.0) for shape in shapes}
     table.save("table.json")
-    arguments = ("net.safetensors", "--device", "H100", "--max-error", 1, "--table", "table.json", "--data", "images")
-    text = tdc_plan(*arguments, "-o", "plan.json")
-    assert "ranks for 0 of 20 convolutions of net.safetensors on H100" in text
-    assert "random weights" not in text
+    options = (
+        "--device",
+        "H100",
+        "--max-error",
+        1,
+        "--table",
+        "table.json",
+        "--data",
+        "imagefolder",
+        "-o",
+        "plan.json",
+    )
+    for path in ("run/", "run/model.safetensors"):
+        text = tdc_plan(path, *options)
+        assert f"ranks for 0 of 20 convolutions of {path} on H100" in text
+        assert "expected increase of the loss" in text
+        assert "random weights" not in text
     with pytest.raises(TdcError, match="has weights of its own; leave --weights out"):
-        tdc_plan(*arguments, "-o", "plan.json", "--weights", "DEFAULT")
+        tdc_plan("run/", *options, "--weights", "DEFAULT")
+    with pytest.raises(TdcError, match="images are 3x32x32, the input is 3x16x16"):
+        tdc_plan("run/", *options, "--data", "arrays", "--root", arrays_of(folder / "arrays", 32))
+    save_checkpoint("run/model.safetensors", model.state_dict(), info | {"plan": {"format_version": 1, "layers": {}}})
+    with pytest.raises(TdcError, match="run/ is compressed already"):
+        tdc_plan("run/", *options)
+
+
+def arrays_of(folder, size):
+    from tdc_tvm.training.data import Arrays, save_arrays
+
+    folder.mkdir()
+    save_arrays(folder / "train.npz", Arrays(np.zeros((4, size, size, 3), np.uint8), np.arange(4) % 2), "ab")
+    return folder
 
 
 def test_damaged_images_and_foreign_classes_are_named(folder):
-    (folder / "images" / "cat" / "0.png").write_bytes(b"\x89PNG but no more")
-    with pytest.raises(TdcError, match=r"cannot read the image images/cat/0.png"):
-        tdc_plan(*OWN, "--max-error", 1, "--data", "images")
-    (folder / "images" / "cat" / "0.png").unlink()
-    (folder / "images" / "owl").mkdir()
-    (folder / "images" / "dog" / "0.png").rename(folder / "images" / "owl" / "0.png")
-    with pytest.raises(TdcError, match="the data have 3 classes, the model has 2 classes"):
-        tdc_plan(*OWN, "--max-error", 1, "--data", "images")
+    images = folder / "images" / "train"
+    (images / "cat" / "0.png").write_bytes(b"\x89PNG but no more")
+    with pytest.raises(TdcError, match=r"1 of 6 images cannot be read: images/train/cat/0.png"):
+        tdc_plan(*OWN, "--max-error", 1, "--root", "images")
     assert not (folder / "plan.json").exists()
+    tdc_plan(*OWN, "--max-error", 1, "--root", "images", "--skip-corrupt")
+    (images / "owl").mkdir()
+    (images / "dog" / "0.png").rename(images / "owl" / "0.png")
+    with pytest.raises(TdcError, match="the data have 3 classes, the model has 2 classes"):
+        tdc_plan(*OWN, "--max-error", 1, "--root", "images", "--skip-corrupt")
 
 
 def test_a_mistake_is_one_message_and_exit_status_1(folder):

@@ -37,6 +37,11 @@ class Net(nn.Sequential):
         super().__init__(nn.Sequential(*block(1, 16, 1)), body, nn.Dropout(0.1), nn.Linear(32, 10))
 
 
+class TwoOutputs(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 def samples(count, seed=0):
     """Noisy copies of ten patterns."""
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +81,11 @@ def method(name, **admm):
         PhaseConfig(2, lr=0.02, warmup_epochs=0, distill_weight=0.5),
         recalibration_batches=8,
     )
+
+
+def direct(model, loader, **more):
+    """Compression by plain decomposition."""
+    return compress(model, loader, PLAN, config=method("direct"), run=RUN, show=False, **more)
 
 
 def test_admm_truncates_less_and_keeps_more_than_plain_decomposition(dense, loader, val_loader, tmp_path):
@@ -344,12 +354,29 @@ def test_a_full_disk_leaves_the_old_checkpoint(loader, tmp_path, monkeypatch):
         (lambda loader, path: compress(Net(), loader, {"layer1.0.conv1": (8, 8)}), "does not have: 'layer1.0.conv1'"),
         (lambda loader, path: compress(Net(), loader, "resnet18"), "preset resnet18 names 16 layer"),
         (lambda loader, path: compress(Net(), loader, {"1.0": (64, 8)}), "rank_out of layer '1.0' is 64"),
-        (lambda loader, path: compress(Net(), loader, "0.9"), "needs a plan with ranks per layer"),
         (
             lambda loader, path: fit(nn.Sequential(nn.Flatten(), nn.Linear(144, 5)), loader),
             "5 outputs, the data a label 9",
         ),
         (lambda loader, path: fit(nn.Sequential(nn.Conv2d(1, 9, 3)), loader), "expected logits of shape"),
+        (
+            lambda loader, path: direct(TwoOutputs(), loader, eval_loader=loader),
+            "the model gives a tuple; expected log",
+        ),
+        (lambda loader, path: direct(Net(), loader, teacher=TwoOutputs()), "the teacher gives a tuple"),
+        (
+            lambda loader, path: direct(Net(), loader, teacher=nn.Sequential(nn.Flatten(), nn.Linear(144, 7))),
+            "the teacher has 7 outputs, the data 10 classes",
+        ),
+        (
+            lambda loader, path: fit(Net(), [(torch.zeros(4, 3, 12, 12), torch.zeros(4))]),
+            "labels of type torch.float32",
+        ),
+        (
+            lambda loader, path: fit(Net(), [(torch.zeros(4, 3, 12, 12), torch.arange(4))]),
+            r"does not run on inputs of shape \(4, 3, 12, 12\)",
+        ),
+        (lambda loader, path: fit(Net(), [(torch.zeros(1, 1, 12, 12), torch.tensor([-1]))]), "the data a label -1"),
         (lambda loader, path: fit(nn.Flatten(), loader), "no parameters to train"),
         (lambda loader, path: fit(Net(), loader, phase=PhaseConfig(1, distill_weight=0.5)), "needs a teacher"),
         (lambda loader, path: fit(Net(), loader, phase=PhaseConfig(1, mixup=0.5)), "mixup needs the number of classes"),
@@ -365,6 +392,39 @@ def test_a_full_disk_leaves_the_old_checkpoint(loader, tmp_path, monkeypatch):
 def test_mistakes(loader, tmp_path, call, message):
     with pytest.raises(TdcError, match=message):
         call(loader, tmp_path)
+
+
+def test_a_folder_of_another_run_stays_as_it_is(loader, tmp_path):
+    config = replace(method("direct"), admm_phase=PhaseConfig(0), finetune=PhaseConfig(1))
+    fine = {"config": config, "run": RUN, "folder": tmp_path, "show": False}
+    compress(Net(), loader, PLAN, **fine)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = {"1.0": (8, 8)}
+    for plan, more, message in (
+        (other, {}, "holds a run already"),
+        (other, {"resume": True}, "holds a run with other ranks"),
+        (PLAN, {"resume": True, "config": replace(config, method="dense")}, "a run of another method than dense"),
+        (PLAN, {"resume": True, "config": replace(config, method="admm")}, "a run of another method than admm"),
+    ):
+        with pytest.raises(TdcError, match=message):
+            compress(Net(), loader, plan, **(fine | more))
+    model = Net()
+    model[1].append(nn.Linear(32, 32))
+    with pytest.raises(TdcError, match=r"last\.safetensors does not fit Net"):
+        compress(model, loader, PLAN, **(fine | {"resume": True}))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_networks_with_other_kinds_of_convolutions(loader):
+    volume = nn.Sequential(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(1, 2))
+    grouped = nn.Conv2d(16, 16, 3, groups=4)
+    model = nn.Sequential(
+        volume, nn.Conv2d(2, 16, 3), grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
+    config = replace(method("admm"), admm_phase=PhaseConfig(1), finetune=PhaseConfig(1, ema_decay=0.9))
+    tucker, _ = compress(model, loader, {"1": (8, 2)}, config=config, run=replace(RUN, precision="fp16"), show=False)
+    assert isinstance(tucker[1], TuckerConv2d)
+    assert isinstance(tucker[2], nn.Conv2d)
 
 
 def test_a_deadline_stops_between_epochs_and_the_run_continues(loader, tmp_path, monkeypatch):
@@ -431,6 +491,13 @@ def test_configurations_come_back_from_their_files_and_mistakes_are_named(tmp_pa
         ({"data": 3}, "'data' of here is a int"),
         ({"run": {"precision": "int8"}}, "precision is 'int8'"),
         ({"compress": {"method": "magic"}}, "method is 'magic'"),
+        ({"train": {"momentum": 1}}, "momentum is 1; expected 0 to below 1"),
+        ({"train": {"label_smoothing": 2}}, "label_smoothing is 2; expected 0 to 1"),
+        ({"train": {"mixup": -0.1}}, "mixup is -0.1; expected 0 or more"),
+        ({"train": {"clip_norm": 0}}, "clip_norm is 0; expected more than 0"),
+        ({"data": {"image_size": 0}}, "image_size is 0; expected 1 or more"),
+        ({"data": {"workers": -1}}, "workers is -1; expected 0 or more"),
+        ({"run": {"seed": -1}}, "seed is -1; expected 0 or more"),
     ):
         with pytest.raises(TdcError, match=message):
             from_dict(Config, data, "here")

@@ -63,11 +63,21 @@ def test_train_compress_evaluate(folder):
     text = call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense, "--resume", "--json")
     assert json.loads(text)["finished"] is True
     call("train", "-c", folder / "config.yaml", "--root", folder, "-o", dense, error="holds a run already")
+    before = (dense / "config.yaml").read_bytes()
+    for more in (("--set", "data.augment=none"), ("--model", "alexnet"), ("-c", folder / "config.yaml", "--seed", 4)):
+        call("train", "-o", dense, "--resume", "--root", folder, *more, error="another configuration (they differ in")
+    assert (dense / "config.yaml").read_bytes() == before
     call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 16 layer(s) that the model does not")
     call("compress", dense, "-r", folder / "plan.json", "-o", dense, error="the trained network lies there")
     result = json.loads(call("compress", dense, "-r", folder / "plan.json", "-o", tucker, "--json"))
     assert result["macs"][1] < result["macs"][0]
     call("compress", tucker / "finetune", "-r", "8,8", "-o", folder / "twice", error="compressed already")
+    before = [(tucker / name).read_bytes() for name in ("config.yaml", "plan.json")]
+    other = ("compress", dense, "-o", tucker, "--set", "compress.finetune.lr=1")
+    call(*other, "-r", "8,8", error="holds a run already")
+    call(*other, "-r", "8,8", "--resume", error="another configuration (they differ in compress.finetune.lr)")
+    call("compress", dense, "-o", tucker, "-r", "8,8", "--resume", error="holds a run with other ranks")
+    assert [(tucker / name).read_bytes() for name in ("config.yaml", "plan.json")] == before
 
     model, info = load_model(tucker / "finetune" / "model.safetensors")
     assert info["plan"] == PLAN.to_dict()
@@ -112,6 +122,38 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
         (("train", "-o", "{folder}/x", "--set", "train.epoch=3"), "unknown key 'epoch' (did you mean 'epochs'?)"),
         (("train", "-o", "{folder}/x", "--set", "epochs"), "expected KEY=VALUE"),
         (("train", "-o", "{folder}/x", "-c", "{folder}/none.yaml"), "cannot read the configuration"),
+        (
+            (
+                "train",
+                "-o",
+                "{folder}/x",
+                "--data",
+                "arrays",
+                "--root",
+                "{folder}",
+                "--model",
+                "fcn_resnet50",
+                "--set",
+                "data.batch_size=8",
+            ),
+            "no model 'fcn_resnet50' for classification",
+        ),
+        (
+            (
+                "train",
+                "-o",
+                "{folder}/x",
+                "--data",
+                "arrays",
+                "--root",
+                "{folder}",
+                "--model",
+                "inception_v3",
+                "--set",
+                "data.batch_size=8",
+            ),
+            "does not run on inputs of shape (1, 3, 32, 32)",
+        ),
         (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "cannot read the checkpoint"),
         (
             ("compress", "a.onnx", "-r", "8,8", "-o", "b.onnx", "--method", "admm"),
@@ -169,6 +211,31 @@ def test_packed_images_become_folders_and_arrays(packed, tmp_path):
     np.savez(packed / "val.npz", **file)
     with pytest.raises(SystemExit, match=r"val\.npz is not consistent"):
         script.main([str(packed), str(tmp_path / "broken")])
+    with pytest.raises(SystemExit, match=r"cannot write /proc/none: No such file"):
+        script.main([str(packed), "/proc/none"])
+    (packed / "val.npz").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(SystemExit, match=r"cannot read .*val\.npz"):
+        script.main([str(packed), str(tmp_path / "broken")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "{folder}/none.jsonl"], r"cannot read results from .*none.jsonl: No such file"),
+        (["report", "{folder}/torn.jsonl"], r"line 2 of .*torn.jsonl is no result: .*; remove it"),
+        (["run", "{folder}/config.yaml", "--plan", "macs=most"], "expected a number, such as macs=0.6"),
+        (["run", "{folder}/config.yaml", "--plan", "macs=0.1"], "has results of other ranks than macs=0.1"),
+    ],
+)
+def test_mistakes_with_the_experiment(folder, tmp_path, arguments, message):
+    line = json.dumps({"seed": 0, "method": "dense", "plan": PLAN.to_dict()})
+    (tmp_path / "results.jsonl").write_text(f"{line}\n")
+    (folder / "torn.jsonl").write_text(f"{line}\n{line[:20]}")
+    arguments = [text.format(folder=folder) for text in arguments]
+    if arguments[0] == "run":
+        arguments += ["--data", str(folder), "-o", str(tmp_path)]
+    with pytest.raises(SystemExit, match=message):
+        load_script("train_tiny_imagenet").main(arguments)
 
 
 def test_a_uniform_plan_saves_what_is_asked():

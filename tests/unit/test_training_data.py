@@ -255,13 +255,13 @@ def test_parts_with_other_classes(folder, config):
         ({"holdout": 8}, "holdout is 8, of 8 training images"),
         ({"batch_size": 16}, "fewer than a batch of 16"),
         ({"augment": "rotate"}, "augment is 'rotate'"),
+        ({"root": ""}, r"folder \(none given\) does not exist"),
         ({"mean": [0.5]}, "mean and std 1 and 3 values"),
     ],
 )
 def test_mistakes_in_the_configuration(folder, config, options, message):
-    chosen = config(**({"name": "imagefolder", "root": folder} | options))
-
     def read():
+        chosen = config(**({"name": "imagefolder", "root": folder} | options))
         dataset = read_dataset(chosen)
         return make_batches(dataset.train, dataset, chosen, train=True)
 
@@ -273,7 +273,7 @@ def test_arrays_that_are_none(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3)), labels=[0, 1], classes=["x"], fingerprint="")
     with pytest.raises(TdcError, match="expected uint8"):
         load_arrays(tmp_path / "a.npz")
-    (tmp_path / "b.npz").write_bytes(b"PK broken")
+    (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(TdcError, match="cannot read decoded images"):
         load_arrays(tmp_path / "b.npz")
 
