@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ class Search(ABC):
 
     def __init__(self, space: Space, seed: int = 0) -> None:
         self.space, self.seed = space, seed
+        # Layers of one seed draw different numbers.
+        self.seeds = (seed, zlib.crc32(str(space.shape).encode()))
         self.times_us: dict[int, float] = {}
 
     def propose(self, count: int) -> list[KernelConfig]:
@@ -153,7 +156,7 @@ class RandomSearch(Search):
     """At random, each once."""
 
     def _next(self, count: int) -> list[int]:
-        order = np.random.default_rng(self.seed).permutation(len(self.space.configs))
+        order = np.random.default_rng(self.seeds).permutation(len(self.space.configs))
         return self._first_unknown(order, count)
 
 
@@ -215,7 +218,7 @@ class XgboostSearch(Search):
         ]
 
     def _next(self, count: int) -> list[int]:
-        rng = np.random.default_rng([self.seed, len(self.times_us)])
+        rng = np.random.default_rng([*self.seeds, len(self.times_us)])
         if not self.times_us and not self._history:
             if not self.with_model:
                 return self._first_unknown(rng.permutation(len(self.space.configs)), count)

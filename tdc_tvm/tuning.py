@@ -187,26 +187,29 @@ def _history(key: TuningKey, device: DeviceSpec, database: TuningDatabase) -> tu
     return space, {space.numbers[config]: record.median_us for config, record in records.items()}
 
 
+# What `str` of a shape gives.
 _SHAPE = re.compile(
     r"(?P<batch>\d+)x(?P<height>\d+)x(?P<width>\d+)x(?P<inputs>\d+) *-> *(?P<outputs>\d+)"
     r"(?:, *(?P<kernel_h>\d+)x(?P<kernel_w>\d+)(?:/(?P<stride_h>\d+)(?:x(?P<stride_w>\d+))?)?)?"
+    r"(?: dilation (?P<dilation_h>\d+)x(?P<dilation_w>\d+))?"
     r"(?: padding (?P<padding>\d+(?:x\d+x\d+x\d+)?))?(?: groups (?P<groups>\d+))?"
+    r"(?: (?P<precision>fp32|tf32|fp16|bf16))?(?P<prologue> with a prologue)?(?P<pool> \+ 2x2 max)?"
+    r"(?: at ranks \((?P<rank_in>\d+), (?P<rank_out>\d+)\)(?P<bias> with a bias of the first stage)?)?"
 )
 
 
-def parse_shape(text: str, precision: str, ranks: Sequence[int] | None = None) -> ConvShape:
+def parse_shape(text: str, precision: str = "fp32", ranks: Sequence[int] | None = None) -> ConvShape:
     """The convolution that a report's text such as ``"1x56x56x64 -> 128, 3x3/2"`` stands for.
 
     Parameters
     ----------
     text : str
-        Batch, height, width and channels of the input, channels of the output, the window (1x1 if there is none) and
-        what it is moved by; padding, which is the same on all sides or top, left, bottom, right, and by default half of
-        the window; groups.
+        What ``str`` of a shape gives: batch, height, width and channels of the input, channels of the output, the
+        window (1x1 if there is none), its stride, and padding, by default half of the window.
     precision : str
-        Arithmetic.
+        Arithmetic, where the text does not say.
     ranks : pair of int, optional
-        ``(rank_out, rank_in)`` of a Tucker layer.
+        ``(rank_out, rank_in)`` of a Tucker layer, where the text does not say.
 
     Raises
     ------
@@ -219,15 +222,15 @@ def parse_shape(text: str, precision: str, ranks: Sequence[int] | None = None) -
             f"cannot read the layer {text!r}; expected BATCHxHEIGHTxWIDTHxCHANNELS -> CHANNELS, a window and a stride,"
             " as reports have it: '1x56x56x64 -> 128, 3x3/2'"
         )
-    found = {name: int(value) for name, value in match.groupdict().items() if value and name != "padding"}
+    found = {name: int(value) for name, value in match.groupdict().items() if value and value.isdigit()}
     kernel = (found.get("kernel_h", 1), found.get("kernel_w", 1))
     stride = found.get("stride_h", 1)
-    top, left = ((extent - 1) // 2 for extent in kernel)
-    padding = (top, left, top, left)
+    dilation = (found.get("dilation_h", 1), found.get("dilation_w", 1))
+    top, left = (gap * (extent - 1) // 2 for gap, extent in zip(dilation, kernel, strict=True))
+    bottom, right = top, left
     if match["padding"]:
         given = [int(extent) for extent in match["padding"].split("x")]
         top, left, bottom, right = given if len(given) == 4 else given * 4
-        padding = (top, left, bottom, right)
     dense = Conv2dShape(
         found["batch"],
         found["height"],
@@ -236,10 +239,15 @@ def parse_shape(text: str, precision: str, ranks: Sequence[int] | None = None) -
         found["outputs"],
         kernel,
         (stride, found.get("stride_w", stride)),
-        padding,
-        groups=found.get("groups", 1),
-        precision=precision,
+        (top, left, bottom, right),
+        dilation,
+        found.get("groups", 1),
+        match["precision"] or precision,
+        match["prologue"] is not None,
+        match["pool"] is not None,
     )
+    if "rank_in" in found:
+        return TuckerConvShape(dense, found["rank_in"], found["rank_out"], match["bias"] is not None)
     if ranks is None:
         return dense
     rank_out, rank_in = ranks
