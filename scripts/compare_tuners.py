@@ -19,6 +19,7 @@ import html
 import io
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tdc_tvm.schedules.shape import ConvShape
     from tdc_tvm.search import Measurement, Measurer, Space
 
 # Within how much of the fastest a search has arrived, and trials after which its best is told.
@@ -392,6 +392,7 @@ def summary(group: str, layers: Sequence[Layer]) -> Rows:
         "",
         *(f"best of {count}\n/ oracle" if count > 1 else "first\n/ oracle" for count in AFTER),
         "worst\nof 8",
+        "layers\nin 2%",
     ]
     columns += [f"trials to\nwithin {near:.0%}" for near in NEAR] + ["of\nrandom's"]
     rows = []
@@ -405,6 +406,7 @@ def summary(group: str, layers: Sequence[Layer]) -> Rows:
                 labels[name],
                 *(f"{geometric_mean(one):.3f}" for one in ratios),
                 f"{max(ratios[AFTER.index(8)]):.3f}",
+                str(sum(ratio <= 1 + NEAR[0] for ratio in ratios[AFTER.index(8)])),
                 *(_count(value) for value in to),
                 "" if np.isnan(to_random) else f"{to[0] / to_random:.2f}",
             ]
@@ -433,7 +435,7 @@ def details(group: str, layers: Sequence[Layer]) -> Rows:
         has_model = "model" in layer.runs
         rows.append(
             [
-                layer.name,
+                _short(layer.name),
                 f"{layer.oracle_us:.2f}",
                 f"{layer.ratio('model', 1):.3f}" if has_model else "",
                 f"{layer.ratio('model', 8):.3f}" if has_model else "",
@@ -444,11 +446,19 @@ def details(group: str, layers: Sequence[Layer]) -> Rows:
     return f"{group}: trials to within {NEAR[0]:.0%} of the oracle, means over seeds", columns, rows
 
 
-def _table(rows: Rows) -> Table:
+def _short(name: str) -> str:
+    """Of a layer, without its precision, which its group has."""
+    return re.sub(r" (tf32|fp16|bf16)|at ranks ", "", name)
+
+
+def _table(rows: Rows, width: int) -> Table:
     title, columns, lines = rows
-    table = bench_layers.make_table(title, columns[:1], columns[1:])
+    hidden = {"pick\n/ oracle", "xgboost-\nalone", "worst\nof 8"} if width < 110 else set()
+    shown = [number for number, column in enumerate(columns) if column not in hidden]
+    names = [columns[number] for number in shown]
+    table = bench_layers.make_table(title, names[:1], names[1:])
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(line[number] for number in shown))
     return table
 
 
@@ -459,7 +469,8 @@ def report(paths: Sequence[Path], console: Console, plots: Path | None) -> None:
     for group, members in by_group(layers).items():
         tables += [summary(group, members), details(group, members)]
     for table in tables:
-        console.print(_table(table))
+        console.print(_table(table, console.width))
+        console.print()
     for environment in environments:
         console.print(f"{environment['command']}  ({environment['date']}; predictions: {environment['predictions']})")
     if plots is None:
@@ -592,7 +603,7 @@ def draw_layers(group: str, layers: Sequence[Layer]) -> Any:
     return figure
 
 
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
 img { max-width: 100%; height: auto; } h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-size: 13px; } th { text-align: right; vertical-align: bottom; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; } td { text-align: right; white-space: nowrap; }
@@ -611,7 +622,8 @@ def _page(environments: Sequence[Mapping[str, Any]], tables: Sequence[Rows], ima
         return f"<h2>{html.escape(title)}</h2>\n<table><tr>{cells('th', columns)}</tr>\n{body}</table>\n"
 
     def picture(name: str) -> str:
-        return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(images[name]).decode()}"></p>\n'
+        data = base64.b64encode(images[name]).decode()
+        return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>\n'
 
     first, *others = images
     commands = "".join(
