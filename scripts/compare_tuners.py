@@ -413,7 +413,9 @@ def summary(group: str, layers: Sequence[Layer]) -> Rows:
             ]
         )
     correlation = np.mean([layer.rank_correlation for layer in layers])
-    title = f"{group}: {len(layers)} layers; rank correlation of the model {correlation:.2f}"
+    title = f"{group}: {len(layers)} layers"
+    if np.isfinite(correlation):
+        title += f"; rank correlation of the model {correlation:.2f}"
     return title, columns, rows
 
 
@@ -440,7 +442,7 @@ def details(group: str, layers: Sequence[Layer]) -> Rows:
                 f"{layer.oracle_us:.2f}",
                 f"{layer.ratio('model', 1):.3f}" if has_model else "",
                 f"{layer.ratio('model', 8):.3f}" if has_model else "",
-                f"{layer.rank_correlation:.2f}",
+                f"{layer.rank_correlation:.2f}" if np.isfinite(layer.rank_correlation) else "-",
                 *(_count(layer.trials_to(name, NEAR[0])) for name in names),
             ]
         )

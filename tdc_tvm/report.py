@@ -144,6 +144,9 @@ class BuildReport:
         hidden |= {"kind", "strategy"} if options.max_width < 120 else set()
         if not self.tuned:
             hidden.add("tuned us")
+        elif options.max_width < 100:
+            # What is not fused is said below, too.
+            hidden.add("fused")
         for column in columns:
             if column not in hidden:
                 numeric = column.endswith(" us")
