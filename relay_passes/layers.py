@@ -35,6 +35,8 @@ class LayerReport:
         By the analytical model, in microseconds.
     predicted_parts_us : dict of str to float, or None
         What the prediction is the sum of: launch, transfers, stages, synchronisation.
+    measured_latency_us : float or None
+        Of the same configuration, if measurements decided; if not, the model did.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerReport:
     config: str = ""
     predicted_latency_us: float | None = None
     predicted_parts_us: dict[str, float] | None = None
+    measured_latency_us: float | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data."""

@@ -1,8 +1,9 @@
-"""From outlined convolutions to kernels: the analytical model chooses, the schedules build."""
+"""From outlined convolutions to kernels: measurements or the analytical model choose, the schedules build."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,8 @@ from tdc_tvm.schedules.shape import DTYPES, Conv2dShape, ConvShape, Epilogue, Tu
 
 _PERMUTE = tvm.ir.Op.get("relax.permute_dims")
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+# The best configuration that was measured, and its time in microseconds; None where the model is to choose.
+Tuned = Callable[[ConvShape], tuple[KernelConfig, float] | None]
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,31 @@ class ConvOp:
     prologue: Prologue | None
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """How a convolution is computed, what the model predicts of it, and what was measured, if that decided."""
+
+    config: KernelConfig
+    estimate: Estimate
+    measured_us: float | None = None
+
+
 @tvm.transform.module_pass(opt_level=0, name="LowerConv")
 @dataclass
 class LowerConv:
     """Replace calls of outlined convolutions by ``call_tir`` of kernels scheduled for ``device``.
 
-    Kernels that store another type than FP32 have casts around them.
+    Kernels that store another type than FP32 have casts around them.  ``tuned`` is asked for a configuration of each
+    shape before the model is.
     """
 
     device: DeviceSpec
     precision: str
+    tuned: Tuned | None = None
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite ``main``."""
-        lowerer = _Lowerer(mod, self.device, self.precision)
+        lowerer = _Lowerer(mod, self.device, self.precision, self.tuned)
         main = lowerer.visit_expr(mod["main"])
         lowerer.builder_.update_func(mod.get_global_var("main"), main)
         mod = relax.transform.DeadCodeElimination()(lowerer.builder_.get())
@@ -92,12 +106,12 @@ def read_conv(function: relax.Function) -> ConvOp:
 
 @relax.expr_functor.mutator
 class _Lowerer(relax.PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, device: DeviceSpec, precision: str) -> None:
+    def __init__(self, mod: tvm.IRModule, device: DeviceSpec, precision: str, tuned: Tuned | None) -> None:
         super().__init__(mod)
         self.mod = mod
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.tuned = device, precision, tuned
         self.layers: list[LayerReport] = []
-        self.choices: dict[ConvShape, tuple[KernelConfig, Estimate]] = {}
+        self.choices: dict[ConvShape, _Choice] = {}
         # Of GPUs' kernels, which can read and write strips; the tensors, as far as they are written.
         self.plan = StripPlan.of(mod) if device.kind == "cuda" else StripPlan()
         self.tensors: dict[relax.Var, relax.Var] = {}
@@ -217,29 +231,38 @@ class _Lowerer(relax.PyExprMutator):
 
         And how its window is folded, if it is.
         """
-        config, estimate = self._choose(shape)
         make = functools.partial(backend(self.device).make_kernel, device=self.device, name=op.name)
         if self.device.kind != "cuda":
-            self.layers.append(_report(op.name, shape, config, estimate))
-            return make(shape, op.epilogue, op.weights, config), None
+            choice = self._choose(shape)
+            self.layers.append(_report(op.name, shape, choice))
+            return make(shape, op.epilogue, op.weights, choice.config), None
         tensors = Tensors(None if view is None else view.width, out_dtype="float32" if is_result else None)
         if target is not None:
             tensors = replace(tensors, out_width=target.width, out_start=target.start)
         computed, weights = shape, op.weights
         folded = Folded.of(shape) if isinstance(shape, Conv2dShape) and op.prologue is None else None
-        if folded is not None and self._choose(folded.shape)[1].latency_us < estimate.latency_us:
+        if folded is not None and self._predicted_us(folded.shape) < self._predicted_us(shape):
             computed, weights = folded.shape, (folded.weights(*op.weights),)
-            config, estimate = self._choose(computed)
             tensors = replace(tensors, in_width=folded.pitch, in_columns=folded.columns)
         else:
             folded = None
-        self.layers.append(_report(op.name, shape, config, estimate))
-        return make(computed, op.epilogue, weights, config, prologue=op.prologue, tensors=tensors), folded
+        choice = self._choose(computed)
+        self.layers.append(_report(op.name, shape, choice))
+        return make(computed, op.epilogue, weights, choice.config, prologue=op.prologue, tensors=tensors), folded
 
-    def _choose(self, shape: ConvShape) -> tuple[KernelConfig, Estimate]:
-        """The model's choice, the same for the same shape."""
+    def _predicted_us(self, shape: ConvShape) -> float:
+        """Of the model's choice, which says whether a window is folded."""
+        return backend(self.device).choose(shape, self.device)[1].latency_us
+
+    def _choose(self, shape: ConvShape) -> _Choice:
+        """What measured fastest, or else the model's choice; the same for the same shape."""
         if shape not in self.choices:
-            self.choices[shape] = backend(self.device).choose(shape, self.device)
+            found = self.tuned(shape) if self.tuned is not None else None
+            if found is None:
+                self.choices[shape] = _Choice(*backend(self.device).choose(shape, self.device))
+            else:
+                estimate = backend(self.device).estimate(shape, found[0], self.device)
+                self.choices[shape] = _Choice(found[0], estimate, found[1])
         return self.choices[shape]
 
     def _cast(self, value: relax.Expr, dtype: str) -> relax.Expr:
@@ -267,8 +290,9 @@ def _results(main: relax.Function) -> set[relax.Var]:
     return found
 
 
-def _report(name: str, shape: ConvShape, config: KernelConfig, estimate: Estimate) -> LayerReport:
-    chosen = (config.strategy, str(config), estimate.latency_us, dict(estimate.parts_us))
+def _report(name: str, shape: ConvShape, choice: _Choice) -> LayerReport:
+    config, estimate = choice.config, choice.estimate
+    chosen = (config.strategy, str(config), estimate.latency_us, dict(estimate.parts_us), choice.measured_us)
     if isinstance(shape, TuckerConvShape):
         ranks = (shape.rank_out, shape.rank_in)
         return LayerReport(name, "tucker_conv", str(shape.dense), ranks, True, "", *chosen)

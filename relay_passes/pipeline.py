@@ -16,7 +16,7 @@ from tdc_tvm.relay_passes.fuse_tucker_conv import FuseTuckerConv
 from tdc_tvm.relay_passes.import_onnx import conv_name, is_conv2d, name_convs
 from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.relay_passes.keep_storage import keep_storage
-from tdc_tvm.relay_passes.lower_conv import LowerConv
+from tdc_tvm.relay_passes.lower_conv import LowerConv, Tuned
 from tdc_tvm.relay_passes.narrow_activations import narrow_activations
 from tdc_tvm.relay_passes.view_reshapes import VIEW_RESHAPES
 from tdc_tvm.schedules.device import DeviceSpec
@@ -66,7 +66,9 @@ class _PermuteConstants(relax.PyExprMutator):
         return call
 
 
-def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, str]) -> list[tvm.transform.Pass]:
+def graph_passes(
+    device: DeviceSpec, precision: str, layer_names: Mapping[str, str], tuned: Tuned | None = None
+) -> list[tvm.transform.Pass]:
     """From an imported model to kernels for every convolution, high-level operators around them."""
     is_gpu = device.kind == "cuda"
     return [
@@ -80,7 +82,7 @@ def graph_passes(device: DeviceSpec, precision: str, layer_names: Mapping[str, s
         FuseTuckerConv(layer_names, pools=is_gpu),
         FuseConv2d(prologues=is_gpu, pools=is_gpu),
         *([fuse_pool2d] if is_gpu else []),
-        LowerConv(device, precision),
+        LowerConv(device, precision, tuned),
         relax.transform.CanonicalizeBindings(),
         narrow_activations,
     ]

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_layers
-import build_layers
 import gpu_check
 import gpu_layers
 import numpy as np
@@ -105,6 +104,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     import tvm
 
     import tdc_tvm
+    from tdc_tvm.schedules.digest import source_digest
     from tdc_tvm.targets import resolve_target
     from tdc_tvm.training import export_onnx
 
@@ -169,7 +169,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     built_with = {
         "tdc_tvm": tdc_tvm.__version__,
         "tvm": tvm.__version__,
-        "schedules_sha256": build_layers.source_digest(),
+        "schedules_sha256": source_digest(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     manifest = {"precision": arguments.precision, "device": device.name, "built_with": built_with}

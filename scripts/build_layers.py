@@ -193,6 +193,7 @@ def build(
     import tvm
 
     import tdc_tvm
+    from tdc_tvm.schedules.digest import source_digest
 
     begin_build(folder)
     named = [(f"k{index}", layers[one.layer], one) for index, one in enumerate(candidates)]
@@ -225,16 +226,6 @@ def build(
     }
     end_build(folder, manifest)
     return manifest
-
-
-def source_digest() -> str:
-    """Of the schedules' source."""
-    from tdc_tvm import schedules
-
-    source = hashlib.sha256()
-    for path in sorted(Path(schedules.__file__).parent.rglob("*.py")):
-        source.update(path.read_bytes())
-    return source.hexdigest()[:16]
 
 
 @contextmanager

@@ -397,6 +397,21 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else math.nan
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text, packed by ``xz`` or not.
+
+    Raises
+    ------
+    SystemExit
+        If it cannot be read.
+    """
+    unpack = lzma.decompress if path.suffix == ".xz" else bytes
+    try:
+        return unpack(path.read_bytes()).decode().splitlines()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise SystemExit(f"cannot read {path}: {error}; give a file that `run` wrote") from error
+
+
 def read_records(output: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines, packed by ``xz`` or not; a line that was left unfinished is passed over.
 
@@ -405,13 +420,8 @@ def read_records(output: Path) -> list[dict[str, Any]]:
     SystemExit
         If the file holds anything else.
     """
-    unpack = lzma.decompress if output.suffix == ".xz" else bytes
-    try:
-        lines = unpack(output.read_bytes()).decode().splitlines() if output.exists() else []
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise SystemExit(f"cannot read {output}: {error}; give a file that `run` wrote") from error
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(output) if output.exists() else [], 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from tdc_tvm import __version__, cli_training
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan_command import Precision, plan
+from tdc_tvm.tune_command import tune
 
 # Names of layers and files may hold brackets, which rich would take for its markup.
 console = Console(markup=False, highlight=False)
@@ -31,7 +32,7 @@ messages = Console(stderr=True)
 
 main = typer.Typer(
     name="tdc",
-    help="Fast Tucker-compressed CNNs on Apache TVM: plan, compress, build, run, verify, measure.",
+    help="Fast Tucker-compressed CNNs on Apache TVM: plan, compress, tune, build, run, verify, measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -192,6 +193,7 @@ def compress(
 
 
 main.command()(plan)
+main.command()(tune)
 cli_training.register(main.command)
 
 
@@ -210,6 +212,10 @@ def build(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with ONNX Runtime if it can run here.")
     ] = True,
+    tuning_db: Annotated[
+        Path | None,
+        typer.Option("--tuning-db", metavar="FILE", help="What 'tdc tune' measured decides layers it has (.jsonl)."),
+    ] = None,
     atol: AtolOption = 1e-5,
     rtol: RtolOption = None,
     seed: SeedOption = 0,
@@ -220,7 +226,18 @@ def build(
 
     check_library_path(output)
     compiled = _build(
-        model, target, precision, decompose, input_shape, batch, require_full_fusion, verify, atol, rtol, seed
+        model,
+        target,
+        precision,
+        decompose,
+        input_shape,
+        batch,
+        require_full_fusion,
+        verify,
+        atol,
+        rtol,
+        seed,
+        tuning_db,
     )
     compiled.export_library(output)
     if as_json:
@@ -527,10 +544,11 @@ def _build(
     atol: float,
     rtol: float | None,
     seed: int,
+    tuning_db: Path | None = None,
 ) -> Any:
     from tdc_tvm.compiler import build as compile_model
 
-    with _progress(f"Building {model.name}") as step:
+    with _warnings_as_notes(), _progress(f"Building {model.name}") as step:
         return compile_model(
             model,
             target,
@@ -543,6 +561,7 @@ def _build(
             atol=atol,
             rtol=rtol,
             seed=seed,
+            tuning_db=tuning_db,
             progress=step,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,12 +41,14 @@ from tdc_tvm.quiet import without_chatter
 from tdc_tvm.relay_passes.import_onnx import import_onnx
 from tdc_tvm.relay_passes.layers import layers_of
 from tdc_tvm.relay_passes.link_entries import link_entries
+from tdc_tvm.relay_passes.lower_conv import Tuned
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
 from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
-from tdc_tvm.schedules.shape import DTYPES
-from tdc_tvm.targets import resolve_target
+from tdc_tvm.schedules.shape import DTYPES, ConvShape
+from tdc_tvm.targets import local_name, resolve_target
+from tdc_tvm.tuning_db import TunedChoices, TuningDatabase, open_database
 from tdc_tvm.verify import check_tolerances
 from tdc_tvm.verify import verify as verify_model
 
@@ -65,6 +68,7 @@ def build(
     atol: float = 1e-5,
     rtol: float | None = None,
     seed: int = 0,
+    tuning_db: str | os.PathLike | TuningDatabase | None = None,
     progress: Progress = lambda step: None,
 ) -> CompiledModel:
     """Compile an ONNX model, every Tucker layer as one operator.
@@ -93,6 +97,10 @@ def build(
         Compare with ONNX Runtime if the build can run here.
     atol, rtol, seed
         See `tdc_tvm.verify.verify`.
+    tuning_db : path or TuningDatabase, optional
+        Of what `tdc tune` measured: the fastest configuration decides a layer, where the database has one of exactly
+        its shape and precision, the device, its architecture and these kernels.  The model decides the others; the
+        report says which are which, and what was left out.
     progress : callable
         Called with the name of each step as it begins.
 
@@ -103,8 +111,8 @@ def build(
     Raises
     ------
     TdcError
-        If the model, the plan, a batch size or the target is faulty, a compiler is missing, a chain stays
-        unfused although full fusion is required, or verification fails.
+        If the model, the plan, a batch size, the target or the tuning database is faulty, a compiler is missing, a
+        chain stays unfused although full fusion is required, or verification fails.
 
     Examples
     --------
@@ -118,14 +126,16 @@ def build(
     check_seed(seed)
     sizes = _batch_sizes(batch)
     cxx_compiler()
+    database = None if tuning_db is None else open_database(tuning_db)
     source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
+    choices = None if database is None else TunedChoices(database, source.device, local_name(target))
     context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
     with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3):
         entries: list[Entry] = []
         reports, graphs = [], {}
         for size in sizes:
             job = source.at(size)
-            mod = _graph(job, progress)
+            mod = _graph(job, progress, choices)
             report = job.report(mod)
             if require_full_fusion:
                 _check_fused(report)
@@ -137,7 +147,9 @@ def build(
         mod = tvm.transform.Sequential(lowering_passes(source.target))(link_entries(graphs))
         pipeline = TIR_PIPELINE if source.target.kind.name == "cuda" else "default"
         code = ObjectFiles(relax.build(mod, source.target, relax_pipeline=None, tir_pipeline=pipeline))
-    report = replace(reports[0], further=tuple(reports[1:]), build_seconds=time.perf_counter() - start)
+    notes = (*source.notes, *(choices.notes() if choices is not None else ()))
+    seconds = time.perf_counter() - start
+    report = replace(reports[0], further=tuple(reports[1:]), build_seconds=seconds, notes=notes)
     metadata = Metadata(
         entries=tuple(entries),
         kind=source.target.kind.name,
@@ -176,6 +188,29 @@ def plan_build(
             job = source.at(size)
             reports.append(job.report(_graph(job, lambda step: None)))
     return replace(reports[0], further=tuple(reports[1:]))
+
+
+def tunable_shapes(
+    model: ModelSource,
+    target: str | Target = "auto",
+    precision: str = "fp32",
+    *,
+    decompose: RankSpec | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | Sequence[int] | None = None,
+) -> list[ConvShape]:
+    """The different convolutions of a model that a tuning database can decide, in the order of the network.
+
+    Parameters and errors are those of `build`.
+    """
+    check_precision(precision)
+    sizes = _batch_sizes(batch)
+    source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], lambda step: None)
+    found: dict[ConvShape, None] = {}
+    with compiling(), source.target:
+        for size in sizes:
+            _graph(source.at(size), lambda step: None, lambda shape: found.setdefault(shape))
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -273,12 +308,12 @@ def _prepare(
     return _Source(proto, input_shapes, resolved, device, precision, digest.hexdigest(), notes)
 
 
-def _graph(job: _Job, progress: Progress) -> tvm.IRModule:
+def _graph(job: _Job, progress: Progress, tuned: Tuned | None = None) -> tvm.IRModule:
     """The model with a kernel for every convolution."""
     progress("importing")
     mod = import_onnx(job.proto, layer_names(job.proto))
     progress("fusing and scheduling")
-    passes = graph_passes(job.source.device, job.source.precision, tucker_layer_names(job.proto))
+    passes = graph_passes(job.source.device, job.source.precision, tucker_layer_names(job.proto), tuned)
     return tvm.transform.Sequential(passes)(mod)
 
 

@@ -113,6 +113,24 @@ def find_cuda_compiler() -> CudaCompiler:
     raise TdcError(f"no CUDA compiler found: {missing}, and there is no nvcc; {_INSTALL}")
 
 
+def cuda_version() -> str:
+    """Of the compiler that is used, such as ``"nvrtc 13.0"``.
+
+    Raises
+    ------
+    TdcError
+        If there is none.
+    """
+    compiler = find_cuda_compiler()
+    if compiler.name == "nvrtc":
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+        return f"nvrtc {major}.{minor}"
+    found = re.search(r"release ([\d.]+)", _run([str(compiler.path), "--version"]))
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
 @contextlib.contextmanager
 def cuda_compiler(target: Target) -> Iterator[CudaCompiler]:
     """Make every CUDA build within the block compile to machine code of ``target``.

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -234,6 +236,15 @@ class Stream:
 
     def microseconds(self, launch: Callable[[], None], launches: int, repeat: int = 9) -> float:
         """The median time of one of ``launches`` launches within a graph."""
+        return float(np.median(self.samples_us(launch, launches, repeat)))
+
+    def samples_us(
+        self, launch: Callable[[], None], launches: int, repeat: int, seconds: float = math.inf
+    ) -> list[float]:
+        """Times of one of ``launches`` launches, each in a replay of their graph right after another.
+
+        Of ``repeat`` replays, or fewer, but five at least, when the seconds are over.
+        """
         import tvm
         import tvm_ffi
 
@@ -247,15 +258,20 @@ class Stream:
             graph = self._ok(cuda.cudaStreamEndCapture(self.stream))
         executable = self._ok(cuda.cudaGraphInstantiate(graph, 0))
         begin, end = self._ok(cuda.cudaEventCreate()), self._ok(cuda.cudaEventCreate())
-        samples = []
-        for _ in range(repeat):
+        samples: list[float] = []
+        stop = time.monotonic() + seconds
+        while len(samples) < repeat and (len(samples) < 5 or time.monotonic() < stop):
             self._ok(cuda.cudaGraphLaunch(executable, self.stream))
             self._ok(cuda.cudaEventRecord(begin, self.stream))
             self._ok(cuda.cudaGraphLaunch(executable, self.stream))
             self._ok(cuda.cudaEventRecord(end, self.stream))
             self._ok(cuda.cudaEventSynchronize(end))
             samples.append(self._ok(cuda.cudaEventElapsedTime(begin, end)) * 1e3 / launches)
-        return float(np.median(samples))
+        for event in (begin, end):
+            self._ok(cuda.cudaEventDestroy(event))
+        self._ok(cuda.cudaGraphExecDestroy(executable))
+        self._ok(cuda.cudaGraphDestroy(graph))
+        return samples
 
 
 def run(module: Any) -> dict[str, Any]:

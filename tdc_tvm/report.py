@@ -99,6 +99,12 @@ class BuildReport:
         """The Tucker layers that are not one operator."""
         return tuple(layer for layer in self.layers if layer.kind == "tucker_conv" and not layer.fused)
 
+    @property
+    def tuned(self) -> tuple[LayerReport, ...]:
+        """The layers that measurements decided, of all batch sizes."""
+        layers = (layer for report in (self, *self.further) for layer in report.layers)
+        return tuple(layer for layer in layers if layer.measured_latency_us is not None)
+
     def predictions(self) -> Text:
         """How each layer is computed, and what the model's prediction is the sum of, a line for each."""
         lines = []
@@ -110,7 +116,9 @@ class BuildReport:
                     sums = ((name, round(us, 2) + 0.0) for name, us in layer.predicted_parts_us.items())
                     parts = " + ".join(f"{name} {us:.2f}" for name, us in sums)
                     how = f"{layer.strategy} {layer.config}"
-                    lines.append(f"  {layer.name} ({how}): {parts} = {layer.predicted_latency_us:.2f}")
+                    measured = layer.measured_latency_us
+                    tuned = "" if measured is None else f"; tuned, measured {measured:.2f}"
+                    lines.append(f"  {layer.name} ({how}): {parts} = {layer.predicted_latency_us:.2f}{tuned}")
         return Text("\n".join(lines))
 
     def _at(self, report: BuildReport) -> str:
@@ -129,13 +137,19 @@ class BuildReport:
             "strategy",
             "config",
             "predicted us",
+            "tuned us",
         ]
         # Configurations would be folded into narrow columns of many lines.
         hidden = {"config"} if options.max_width < 170 else set()
         hidden |= {"kind", "strategy"} if options.max_width < 120 else set()
+        if not self.tuned:
+            hidden.add("tuned us")
+        elif options.max_width < 100:
+            # What is not fused is said below, too.
+            hidden.add("fused")
         for column in columns:
             if column not in hidden:
-                numeric = column == "predicted us"
+                numeric = column.endswith(" us")
                 foldable = column in ("layer", "config")
                 table.add_column(
                     column.replace(" us", "\nus").replace("ranks ", "ranks\n"),
@@ -155,6 +169,7 @@ class BuildReport:
                 "strategy": layer.strategy,
                 "config": layer.config,
                 "predicted us": "" if latency is None else f"{latency:.1f}",
+                "tuned us": "" if layer.measured_latency_us is None else f"{layer.measured_latency_us:.1f}",
             }
             # Plain text would be searched for rich's markup, which names and reasons may look like.
             shown = (cells[column] for column in columns if column not in hidden)
@@ -167,6 +182,12 @@ class BuildReport:
             f"{len(self.fused)} of {tucker_count} Tucker layers fused; "
             f"{_count(self.macs)} multiply-adds in convolutions, {_count(self.parameters)} parameters"
         )
+        if self.tuned:
+            every = [layer for report in (self, *self.further) for layer in report.layers]
+            yield Text(
+                f"tuned: {len(self.tuned)} of {len(every)} layers decided by measurements in the tuning database, "
+                "the others by the model"
+            )
         for report in (self, *self.further) if self.further else ():
             predicted = sum(layer.predicted_latency_us or 0.0 for layer in report.layers)
             yield Text(f"batch {report.batch}: {predicted:.1f} us predicted for all layers")

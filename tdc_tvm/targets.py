@@ -10,6 +10,7 @@ from tvm.target import Target
 
 from tdc_tvm.cuda_toolchain import load_cuda_runtime
 from tdc_tvm.errors import TdcError
+from tdc_tvm.schedules.device import GPUS
 
 _HELP = "use 'auto', 'llvm', 'cuda', 'sm_80', a TVM tag such as 'nvidia/nvidia-h100', or a tvm Target"
 
@@ -71,6 +72,24 @@ def local_gpu() -> tvm.runtime.Device | None:
         load_cuda_runtime()
     device = tvm.cuda(0)
     return device if device.exist else None
+
+
+def local_name(target: str | Target = "auto") -> str | None:
+    """What the GPU is called that a target stands for, if that is this machine's; measurements count for no other.
+
+    The table's name, such as ``"H100"``, or the driver's of one that the table does not have.  None of a target that
+    names an architecture.
+    """
+    if not isinstance(target, str) or target not in ("auto", "cuda"):
+        return None
+    device = local_gpu()
+    return None if device is None else gpu_name(device.device_name, device.multi_processor_count)
+
+
+def gpu_name(name: str, cores: int) -> str:
+    """The table's name of a GPU that the driver calls ``name``; one of as many processors, or else it is another."""
+    known = [spec.name for spec in GPUS.values() if spec.name in name and spec.core_count == cores]
+    return max(known, key=len, default=name)
 
 
 def local_gpu_arch() -> str | None:

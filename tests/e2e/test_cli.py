@@ -255,7 +255,7 @@ def test_a_wrong_flag_is_explained(flags):
     assert flags[0] in result.output
 
 
-@pytest.mark.parametrize("command", ["plan", "compress", "build", "run", "verify", "bench", "inspect", "env"])
+@pytest.mark.parametrize("command", ["plan", "compress", "tune", "build", "run", "verify", "bench", "inspect", "env"])
 def test_every_command_has_help_that_fits(command):
     result = CliRunner().invoke(cli.main, [command, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
     assert result.exit_code == 0

@@ -63,10 +63,12 @@ def test_wide_terminals_show_the_schedule_and_names_are_no_markup():
     assert str(REPORT) == shown(REPORT, 170)
 
 
+@pytest.mark.parametrize("measured", [None, 1.31])
 @pytest.mark.parametrize("width", [80, 120, 170])
-def test_a_layer_is_one_line_of_the_table(width):
+def test_a_layer_is_one_line_of_the_table(width, measured):
     config = "tile_h=16 tile_w=16 split=16 deep=0 warps=16 crews=1 group=1"
     layer = replace(FUSED, name="layer1.conv1", shape="1x14x14x128 -> 256, 3x3/2", config=config)
+    layer = replace(layer, measured_latency_us=measured)
     report = replace(REPORT, layers=(layer, layer))
     rows = [line for line in shown(report, width).splitlines() if line.startswith("│")]
     assert len(rows) == 2
