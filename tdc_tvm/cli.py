@@ -172,7 +172,7 @@ def compress(
             report.plan.save(save_plan)
     data = report.to_dict() | {"output": str(output), "parameters": [before, parameter_count(proto)]}
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
     table = Table(
         title=f"{len(report.decomposed)} of {len(report.layers)} convolutions decomposed", title_justify="left"
@@ -241,7 +241,7 @@ def build(
     )
     compiled.export_library(output)
     if as_json:
-        _print_json(compiled.report.to_dict() | {"output": str(output)})
+        print_json(compiled.report.to_dict() | {"output": str(output)})
         return
     console.print(compiled.report)
     console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
@@ -299,7 +299,7 @@ def run(
         for name, a in named.items()
     ]
     if as_json:
-        _print_json({"outputs": summary, "output": None if output is None else str(output)})
+        print_json({"outputs": summary, "output": None if output is None else str(output)})
         return
     table = Table(Column("output", overflow="fold"), "shape", "dtype", "min", "mean", "max")
     for row in summary:
@@ -349,7 +349,7 @@ def verify(
         raise TdcError(f"{library} was not built from {model}: {error}") from None
     result = compare(compiled, proto, atol=atol, rtol=rtol, seed=seed)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
     else:
         console.print(f"verified: {result.detail}", style="green", soft_wrap=True)
 
@@ -404,7 +404,7 @@ def bench(
     with _bar("Measuring", warmup + repeat) as advance:
         results = measure(contenders, warmup=warmup, repeat=repeat, advance=advance)
     if as_json:
-        _print_json({"environment": environment(), "results": [result.to_dict() for result in results]})
+        print_json({"environment": environment(), "results": [result.to_dict() for result in results]})
         return
     table = Table(Column("model", overflow="fold"), "median ms", "p99 ms", "min ms", "ratio")
     for result in results:
@@ -434,7 +434,7 @@ def inspect(
         if as_json:
             from dataclasses import asdict
 
-            _print_json(asdict(data))
+            print_json(asdict(data))
             return
         for entry in data.entries:
             at = f"batch {entry.batch} ({entry.function}): " if len(data.entries) > 1 else ""
@@ -451,7 +451,7 @@ def inspect(
 
     report = plan_build(path, target, decompose=decompose, input_shapes=_shapes(input_shape), batch=batch)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         console.print(report, report.predictions())
 
@@ -475,7 +475,7 @@ def env(
             step("running")
             data["probe"] = run_probe(module)["measured"]
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
     table = Table("", Column(overflow="fold"), show_header=False)
     data |= data.pop("probe", {})
@@ -633,7 +633,8 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _print_json(data: Any) -> None:
+def print_json(data: Any) -> None:
+    """Print plain data as JSON."""
     sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 
 

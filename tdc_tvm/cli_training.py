@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -237,9 +236,9 @@ def _print(figures: dict[str, Any], as_json: bool, text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        import json
+        from tdc_tvm.cli import print_json
 
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        print_json(figures)
         return
     shown = {key: value for key, value in figures.items() if key.endswith(("top1", "top5", "loss"))}
     if shown:

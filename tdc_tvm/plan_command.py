@@ -173,7 +173,7 @@ def plan(
                 write_front(path, choice, front, by_macs)
     if as_json:
         more = {key.split(",")[0].replace(" ", "_").lower(): rival.totals() for key, rival in rivals.items()}
-        cli._print_json(choice.to_dict() | {"same_error": more, "output": str(output)})
+        cli.print_json(choice.to_dict() | {"same_error": more, "output": str(output)})
         return
     cli.console.print(choice)
     if weights is None and ":" not in model and not info:

@@ -74,7 +74,8 @@ def compress(
     model : nn.Module
         Any classifier: images in, logits (batch, classes) out.  It is not changed.
     loader : iterable
-        Training data: a loader of (images, labels) such as a ``DataLoader``, or `Batches`.
+        Training data: a loader of (images, labels) such as a ``DataLoader``, or `Batches`.  Of a ``DataLoader``
+        each of several processes takes its own batches; other loaders must give every process its share.
     plan : RankSpec
         The ranks of every layer that is to be decomposed, or any other way of saying ranks.
     eval_loader : iterable, optional
@@ -122,9 +123,11 @@ def compress(
     if root is not None:
         _check_folder(root, config.method, spec, resume)
     accelerator = make_accelerator(run)
-    batches = _batches(loader, accelerator, run.seed)
+    batches = share_loader(loader, accelerator, run.seed, train=True)
     given = {"holdout": holdout_loader, "val": eval_loader}
-    parts = {name: _batches(part, accelerator, run.seed) for name, part in given.items() if part is not None}
+    parts = {
+        name: share_loader(part, accelerator, run.seed, train=False) for name, part in given.items() if part is not None
+    }
     if root is not None and accelerator.is_main_process:
         make_folder(root)
         spec.save(root / "plan.json")
@@ -241,12 +244,23 @@ def reinitialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _batches(loader: Any, accelerator: Any, seed: int) -> Batches:
+def share_loader(loader: Any, accelerator: Any, seed: int, *, train: bool) -> Batches:
+    """A user's loader as `Batches`; of a ``DataLoader`` each of several processes takes its share of the batches."""
     if callable(getattr(loader, "epoch", None)):
         return loader
+    batches = LoaderBatches(loader, accelerator.device, seed)
     if accelerator.num_processes > 1 and isinstance(loader, torch.utils.data.DataLoader):
-        loader = accelerator.prepare_data_loader(loader)
-    return LoaderBatches(loader, accelerator.device, seed)
+        from accelerate.data_loader import prepare_data_loader
+
+        # All processes train for as many steps, some on images that others have, too; each is evaluated once.
+        shared: Any
+        if train:
+            shared = accelerator.prepare_data_loader(loader)
+        else:
+            rank, world = accelerator.process_index, accelerator.num_processes
+            shared = prepare_data_loader(loader, num_processes=world, process_index=rank, even_batches=False)
+        batches.loader, batches.steps = shared, len(shared)
+    return batches
 
 
 def write_json(path: Path, data: Any) -> None:

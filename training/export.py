@@ -79,9 +79,10 @@ def export_onnx(
             f"the model's weights take {weight_bytes / 2**30:.2f} GiB; an ONNX file holds less than 2 GiB; "
             "decompose the model first, or convert it with model.half()"
         )
-    # A copy on the CPU: the user's model keeps its mode and device, and no TF32 blurs the comparison.
-    model = copy_model(model).cpu()
-    inputs = example_inputs(model, example)
+    # A copy on the CPU: the user's model keeps its mode and device, and no TF32 blurs the comparison.  In
+    # PyTorch's own memory format: from channels_last the exporter makes gathers of what is a reshape.
+    model = copy_model(model).cpu().to(memory_format=torch.contiguous_format)
+    inputs = tuple(tensor.contiguous() for tensor in example_inputs(model, example))
     if dynamic_batch:
         inputs = _with_batch(inputs, max(2, _batch(inputs)))
     with eval_mode(model):

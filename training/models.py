@@ -88,6 +88,8 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
         If the file cannot be read, or its model is not one of torchvision's.
     """
     _, info = load_checkpoint(path)
+    if "finished" in info:
+        raise TdcError(f"{path} is what training resumes from; give model.safetensors or best.safetensors beside it")
     if "model" not in info:
         raise TdcError(
             f"{path} does not say which model it is of; make the model, call tdc_tvm.training.apply_plan and load the "

@@ -154,6 +154,17 @@ def test_names_of_computed_shared_and_functional_convolutions(tmp_path):
     assert names == [None, "normed", "shared", "shared"]
 
 
+def test_the_memory_format_leaves_no_trace(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    kinds = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.rand(2, 3, 8, 8).to(memory_format=memory_format)
+        proto = export_onnx(model.to(memory_format=memory_format), x, tmp_path / "net.onnx", dynamic_batch=True)
+        kinds.append([node.op_type for node in proto.graph.node])
+    assert kinds[0] == kinds[1]
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_half_precision(tmp_path):
     proto = export_onnx(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).half(), (1, 3, 8, 8), tmp_path / "half.onnx")
     assert {tensor.data_type for tensor in proto.graph.initializer} == {onnx.TensorProto.FLOAT16}

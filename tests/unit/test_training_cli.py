@@ -160,6 +160,7 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
             "--method is for what 'tdc train' wrote",
         ),
         (("evaluate", "{folder}/none.onnx"), "there is no model"),
+        (("evaluate", "{folder}/dense/last.safetensors"), "give model.safetensors or best.safetensors beside it"),
     ],
 )
 def test_mistakes(folder, arguments, error):

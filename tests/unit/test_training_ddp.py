@@ -22,6 +22,7 @@ from test_trainer import Net, PLAN, method
 from tdc_tvm.errors import TdcError
 from tdc_tvm.training import compress
 from tdc_tvm.training.batches import LoaderBatches, make_batches
+from tdc_tvm.training.compression import share_loader
 from tdc_tvm.training.config import DataConfig, PhaseConfig, RunConfig
 from tdc_tvm.training.data import read_dataset
 from tdc_tvm.training.trainer import make_accelerator
@@ -67,7 +68,13 @@ else:
 accelerator.wait_for_everyone()
 resumed, again = once("parts", resume=True)
 shard = [label for _, labels in train.epoch(5) for label in labels.tolist()]
+pairs = torch.utils.data.TensorDataset(torch.rand(41, 1, 12, 12), torch.arange(41))
+counts = []
+for size in (16, 41):
+    shared = share_loader(torch.utils.data.DataLoader(pairs, size), accelerator, 0, train=False)
+    counts.append([number for _, labels in shared.epoch(0) for number in labels.tolist()])
 out = {{
+    "user": counts,
     "world": world, "stopped": stopped, "model": digest(model), "resumed": digest(resumed), "shard": shard,
     "epochs": len(history.epochs), "seen": sum(len(y) for _, y in val.epoch(0)),
     "losses": [[epoch["train_loss"] for epoch in h.epochs] for h in (history, again)],
@@ -110,6 +117,12 @@ def test_they_share_each_batch_and_the_evaluation(ranks):
     _, (first, second) = ranks
     assert len(first["shard"]) == len(second["shard"]) == 36
     assert first["seen"] + second["seen"] == 41
+
+
+def test_a_users_loader_is_evaluated_once(ranks):
+    _, (first, second) = ranks
+    for ours, theirs in zip(first["user"], second["user"], strict=True):
+        assert sorted(ours + theirs) == list(range(41))
 
 
 def test_a_run_that_was_stopped_within_an_epoch_continues_bit_for_bit(ranks):
