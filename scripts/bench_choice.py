@@ -54,7 +54,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = gpu_check.device_of(arguments.arch)
     facts = environment()
-    facts.pop("platform")
+    facts = {name: facts[name] for name in ("python", "tdc-tvm", "numpy", "cpu", "cpu threads")}
     record: dict[str, Any] = {"command": sys.argv, "environment": facts, "device": device.name, "layers": []}
     for precision in arguments.precision:
         medians = []

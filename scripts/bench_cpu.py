@@ -110,7 +110,8 @@ def main() -> None:
         "command": ["scripts/bench_cpu.py", *(a for a in sys.argv[1:] if "/" not in a)],
         "environment": environment(),
     }
-    record["environment"].pop("platform")
+    for name in ("platform", "cuda compiler"):
+        record["environment"].pop(name)
     record["networks"], record["layers"] = [], []
 
     table = Table("network", "build s", "ours ms", "ONNX Runtime ms", "ours / ORT", title="CPU, FP32, batch 1")
