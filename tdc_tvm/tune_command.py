@@ -118,7 +118,7 @@ def tune(
     with LocalMeasurer(machine.target, machine.device, seconds) as measurer:
         results = _tune_all(shapes, machine, measurer, store, strategy.value, trials, seed, resume)
     if as_json:
-        cli._print_json({"database": str(database), "device": machine.name, "layers": [_data(one) for one in results]})
+        cli.print_json({"database": str(database), "device": machine.name, "layers": [_data(one) for one in results]})
         return
     cli.console.print(table(results, machine, cli.console.width))
     failed = sum(one.failed for one in results)
