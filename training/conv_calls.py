@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tdc_tvm.schedules.shape import Conv2dShape
-from tdc_tvm.training.inputs import Example, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, run_with_hooks
 
 
 def conv_calls(
@@ -48,17 +48,10 @@ def conv_calls(
 
         return hook
 
-    handles = [
-        module.register_forward_hook(record(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
+    layers = [
+        (module, record(name)) for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))
     ]
-    try:
-        with eval_mode(model):
-            run_model(model, example_inputs(model, example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_with_hooks(model, example, layers)
     return convs, others, uncounted
 
 

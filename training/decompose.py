@@ -22,7 +22,7 @@ from tdc_tvm.plan import (
     decompose_layers,
     parse_ranks,
 )
-from tdc_tvm.training.inputs import Example, check_model, copy_model, eval_mode, example_inputs, run_model
+from tdc_tvm.training.inputs import Example, check_model, copy_model, run_with_hooks
 from tdc_tvm.tucker import TuckerFactors, check_ranks, tucker2
 
 
@@ -311,11 +311,5 @@ def _pixels(model: nn.Module, convs: Mapping[str, _ConvNd], example: Example) ->
 
         return hook
 
-    handles = [conv.register_forward_hook(record(name)) for name, conv in convs.items()]
-    try:
-        with eval_mode(model):
-            run_model(model, example_inputs(model, example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_with_hooks(model, example, ((conv, record(name)) for name, conv in convs.items()))
     return pixels

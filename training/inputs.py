@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,3 +96,14 @@ def run_model(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
     except (RuntimeError, TypeError, ValueError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         raise TdcError(f"the model does not run on inputs of shape {shapes}: {error}") from error
+
+
+def run_with_hooks(model: nn.Module, example: Example, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> None:
+    """Run a model once in eval mode, with forward hooks that are removed afterwards."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        with eval_mode(model):
+            run_model(model, example_inputs(model, example))
+    finally:
+        for handle in handles:
+            handle.remove()
