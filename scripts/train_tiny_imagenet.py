@@ -156,13 +156,12 @@ def run(args: argparse.Namespace) -> None:
         if plan is None:
             net = create_model(config.model, len(data.dataset.classes), data.dataset.channels)
             plan = choose_plan(args.plan, net, data)
-            if lines and lines[0]["plan"] != plan.to_dict():
+            if any(line.get("plan", plan.to_dict()) != plan.to_dict() for line in lines):
                 raise TdcError(f"{results} has results of other ranks than {args.plan}; choose another folder")
         common = {
             "model": config.model.name,
             "seed": seed,
             "config": asdict(config),
-            "plan": plan.to_dict(),
             "holdout_images": config.data.holdout,
             "command": ["scripts/train_tiny_imagenet.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])],
             "environment": environment(),
@@ -187,7 +186,8 @@ def run(args: argparse.Namespace) -> None:
             _, history, result = compress_run(options, model, plan, folder, resume=True, deadline=deadline, data=data)
             if not history.finished:
                 return say(f"time is up in {method}, seed {seed}; the same command continues")
-            write({**common, **result, "epochs": history.epochs})
+            ranks = {} if method == "dense" else {"plan": plan.to_dict()}
+            write({**common, **ranks, **result, "epochs": history.epochs})
             say(f"seed {seed}, {method}: {json.dumps(result['scores'])}")
     say(f"all done in {time.monotonic() - started:.0f} s of this call; results in {results}")
 

@@ -229,7 +229,7 @@ def test_packed_images_become_folders_and_arrays(packed, tmp_path):
     ],
 )
 def test_mistakes_with_the_experiment(folder, tmp_path, arguments, message):
-    line = json.dumps({"seed": 0, "method": "dense", "plan": PLAN.to_dict()})
+    line = json.dumps({"seed": 0, "method": "direct", "plan": PLAN.to_dict()})
     (tmp_path / "results.jsonl").write_text(f"{line}\n")
     (folder / "torn.jsonl").write_text(f"{line}\n{line[:20]}")
     arguments = [text.format(folder=folder) for text in arguments]
