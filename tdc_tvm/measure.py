@@ -1,4 +1,4 @@
-"""Measuring configurations: on this machine, or from what was measured before.
+"""Measuring configurations: on this machine, or from what was measured before; on others by `measure_rpc`.
 
 `LocalMeasurer` times as ``scripts/oracle.py`` does: launches within a CUDA graph, which repeat on the same data.
 """

@@ -351,7 +351,9 @@ class RpcMeasurer:
                 worker = None
                 if not is_built:
                     return Measurement(config, error=f"{NOT_BUILT}{answer}")
-            return Measurement(config, error=f"tried on {self.tries} servers, which were all lost; the last: {answer}")
+            return Measurement(
+                config, error=f"the server was lost, {self.tries} times of {self.tries}; the last: {answer}"
+            )
         finally:
             self._idle.put(worker)
 

@@ -26,7 +26,7 @@ class Machine:
     Parameters
     ----------
     target : str
-        ``"sm_90a"`` and the like, or ``"llvm"``.
+        ``"sm_90a"`` and the like, ``"llvm"``, or another machine's as TVM's JSON.
     device : DeviceSpec
         What the kernels are built for, as `tdc_tvm.build` does.
     name : str
@@ -52,7 +52,7 @@ class Machine:
         if target not in ("cuda", "llvm"):
             raise TdcError(
                 f"tuning measures on this machine; found the target {target!r}, expected 'cuda', its GPU, or 'llvm',"
-                " its CPU"
+                " its CPU; --tracker measures on others"
             )
         versions = {"tdc_tvm": tdc_tvm.__version__, "tvm": tvm.__version__}
         if target == "llvm":

@@ -269,6 +269,13 @@ def test_tuning_needs_a_gpu(model_path, tmp_path):
         (("--layer", "1x6x6x8 -> 8", "--batch", "2"), "are for models"),
         (("m.onnx", "--ranks", "4,4"), "--ranks is for --layer"),
         (("--layer", "1x6x6x8 -> 8", "--target", "sm_90"), "tuning measures on this machine; found the target 'sm_90'"),
+        (("--layer", "1x6x6x8 -> 8", "--tracker", "rack:9190"), "--tracker HOST:PORT and --key NAME go together"),
+        (("--layer", "1x6x6x8 -> 8", "--key", "gpu"), "--tracker HOST:PORT and --key NAME go together"),
+        (
+            ("--layer", "1x6x6x8 -> 8", "--tracker", "rack", "--key", "gpu"),
+            "found the tracker 'rack'; expected HOST:PORT",
+        ),
+        (("--layer", "1x6x6x8 -> 8", "--tracker", "rack:0", "--key", "gpu"), "found the tracker 'rack:0'"),
         (("--merge", "absent.jsonl"), "there is no tuning database absent.jsonl"),
         (("absent.onnx",), "absent.onnx"),
     ],
