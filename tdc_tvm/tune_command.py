@@ -108,7 +108,7 @@ def tune(
 ) -> None:
     """Measure configurations of layers, on this machine or on others, for 'tdc build --tuning-db'.
 
-    Every measurement is in the database before the next begins; after a kill, --resume goes on.
+    Every measurement is stored as it comes; after a kill, --resume goes on.
     """
     from tdc_tvm import cli
     from tdc_tvm.tuning_db import TuningDatabase
@@ -130,9 +130,9 @@ def tune(
             cli.messages.print(f"{added} new records in {database}", markup=False, soft_wrap=True)
     if model is None and not layer:
         return
-    with _measurer(target, seconds, tracker, key) as (machine, measurer):
+    with _measurer(target, seconds, tracker, key) as (machine, measurer, size):
         shapes = _shapes(machine, model, layer, ranks, precision.value, decompose, cli._shapes(input_shape), batch)
-        results = _tune_all(shapes, machine, measurer, store, strategy.value, trials, seed, resume)
+        results = _tune_all(shapes, machine, measurer, store, strategy.value, trials, seed, resume, size)
     if as_json:
         cli.print_json({"database": str(database), "device": machine.name, "layers": [_data(one) for one in results]})
         return
@@ -143,24 +143,29 @@ def tune(
         soft_wrap=True,
     )
     if model is not None:
-        cli.console.print(f"use them:  tdc build {model} -o model.so --tuning-db {database}", soft_wrap=True)
+        where = "" if tracker is None else f", on a machine with {machine.name}"
+        cli.console.print(f"use them{where}:  tdc build {model} -o model.so --tuning-db {database}", soft_wrap=True)
 
 
 @contextmanager
-def _measurer(target: str, seconds: float, tracker: str | None, key: str | None) -> Iterator[tuple[Machine, Measurer]]:
-    """What is tuned on, and what measures there."""
+def _measurer(
+    target: str, seconds: float, tracker: str | None, key: str | None
+) -> Iterator[tuple[Machine, Measurer, int]]:
+    """What is tuned on, what measures there, and how many configurations it is given at a time."""
     from tdc_tvm.measure import LocalMeasurer
+    from tdc_tvm.search import BATCH
     from tdc_tvm.tuning import Machine
 
     if tracker is not None and key is not None:
-        from tdc_tvm.measure_rpc import RpcMeasurer, Tracker
+        from tdc_tvm.measure_rpc import RpcMeasurer
+        from tdc_tvm.rpc_servers import Tracker
 
         with RpcMeasurer(Tracker.parse(tracker, key), target, seconds) as remote:
-            yield remote.machine, remote
+            yield remote.machine, remote, max(BATCH, remote.server_count)
         return
     machine = Machine.here(target)
     with LocalMeasurer(machine.target, machine.device, seconds) as local:
-        yield machine, local
+        yield machine, local, BATCH
 
 
 def _shapes(
@@ -198,6 +203,7 @@ def _tune_all(
     trials: int,
     seed: int,
     resume: bool,
+    size: int,
 ) -> list[Tuned]:
     from tdc_tvm import cli
     from tdc_tvm.tuning import tune_shape
@@ -224,7 +230,7 @@ def _tune_all(
             results.append(
                 tune_shape(
                     shape, machine, measurer, store,
-                    strategy=strategy, trials=trials, seed=seed, resume=resume, observe=observe,
+                    strategy=strategy, trials=trials, seed=seed, resume=resume, batch=size, observe=observe,
                 )
             )  # fmt: skip
     return results

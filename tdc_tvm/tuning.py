@@ -14,7 +14,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.digest import source_digest
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, TuckerConvShape
-from tdc_tvm.search import STRATEGIES, Measurement, Measurer, Search, Space, XgboostSearch, run_search
+from tdc_tvm.search import BATCH, STRATEGIES, Measurement, Measurer, Search, Space, XgboostSearch, run_search
 from tdc_tvm.targets import local_gpu, local_name, resolve_target
 from tdc_tvm.tuning_db import TuningDatabase, TuningKey, TuningRecord, same_device
 
@@ -108,6 +108,7 @@ def tune_shape(
     trials: int = 64,
     seed: int = 0,
     resume: bool = False,
+    batch: int = BATCH,
     observe: Callable[[TuningRecord], object] = lambda record: None,
 ) -> Tuned:
     """Search for the fastest configuration of a convolution; each measurement is in the database before the next.
@@ -130,6 +131,8 @@ def tune_shape(
         Of the search.
     resume : bool
         Whether what the database has of this key counts as measured already.
+    batch : int
+        Configurations that are given to the measurer at a time, at most.
     observe : callable
         Given each new record.
 
@@ -146,7 +149,7 @@ def tune_shape(
     search.observe(Measurement(record.config, record.samples_us, record.error) for record in known.values())
     records = {config: record for config, record in known.items() if config in space.numbers}
     predicted = dict(zip(space.configs, space.predicted_us.tolist(), strict=True))
-    for result in run_search(search, measurer, trials):
+    for result in run_search(search, measurer, trials, batch):
         record = TuningRecord(
             key,
             result.config,

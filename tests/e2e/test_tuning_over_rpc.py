@@ -15,9 +15,12 @@ import tvm
 from tvm import rpc, tirx
 from typer.testing import CliRunner
 
-from tdc_tvm import cli, measure_rpc
+from tdc_tvm import cli, measure_rpc, rpc_servers
 from tdc_tvm.errors import TdcError
-from tdc_tvm.measure_rpc import RpcMeasurer, Server, Tracker, work
+from tdc_tvm.measure import Case, build_kernels
+from tdc_tvm.measure_rpc import RpcMeasurer, work
+from tdc_tvm.rpc_servers import Server, Tracker
+from tdc_tvm.schedules import backend
 from tdc_tvm.schedules.kernel import ConvWeights, KernelConfig
 from tdc_tvm.schedules.shape import Conv2dShape, TuckerConvShape
 from tdc_tvm.search import Space
@@ -184,11 +187,11 @@ def test_all_servers_take_part(cluster):
     assert all("load_module" in cluster.log(number).read_text() for number in (1, 2))
 
 
-def test_tuning_on_servers_counts_for_their_device(cluster, tmp_path, monkeypatch):
+def test_tuning_on_servers_counts_for_their_device(cluster, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(measure_rpc, "work", work)
     path = tmp_path / "t.jsonl"
-    arguments = ["--layer", "1x6x6x8 -> 8, 3x3", "--ranks", "4,4", "--trials", 3, "--seconds", 0.01, "-d", path]
-    arguments += ["--target", "llvm", "--tracker", cluster.tracker, "--key", cluster.tracker.key, "--json"]
+    arguments = [model_path, "--trials", 3, "--seconds", 0.01, "-d", path, "--target", "llvm", "--json"]
+    arguments += ["--tracker", cluster.tracker, "--key", cluster.tracker.key]
     result = CliRunner().invoke(cli.main, ["tune", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -227,7 +230,7 @@ def test_servers_that_do_not_fit_are_refused(cluster, key, target, message):
 
 @pytest.mark.parametrize("is_listening", [False, True])
 def test_what_is_no_tracker_is_refused(is_listening, monkeypatch):
-    monkeypatch.setattr(measure_rpc, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(rpc_servers, "PATIENCE_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if is_listening:
@@ -248,6 +251,9 @@ def test_gpu_servers_are_named_like_local_gpus():
         assert machine.versions["gpu"] == "NVIDIA H200"
         # Its CPU may be a lesser one than this.
         assert "mcpu" not in resolve_target(machine.target).host.attrs
+        pick, _ = backend(machine.device).choose(SHAPE, machine.device)
+        (kernel,) = build_kernels(Case.of(SHAPE), machine.target, machine.device, [pick])
+        assert kernel.error == ""
     with pytest.raises(TdcError, match="found the target 'sm_80', expected 'cuda' or 'sm_90a'"):
         server.machine("sm_80")
     with pytest.raises(TdcError, match="the servers' system is aarch64-linux-gnu"):

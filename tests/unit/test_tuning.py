@@ -221,6 +221,20 @@ def test_each_measurement_is_stored_before_the_next_and_counts_when_resumed(tmp_
     assert kept[0].versions["tvm"]
 
 
+def test_a_measurer_of_many_is_given_as_many_at_a_time(tmp_path, cpu):
+    one = Space.of(SMALL, cpu.device)
+    sizes = []
+
+    class Counting(ReplayMeasurer):
+        def measure(self, shape, configs):
+            sizes.append(len(configs))
+            return super().measure(shape, configs)
+
+    measurer = Counting({SMALL: {config: Measurement(config, (1.0,)) for config in one.configs}})
+    tune_shape(SMALL, cpu, measurer, TuningDatabase(tmp_path / "t.jsonl"), strategy="random", trials=4, batch=3)
+    assert sizes == [3, 1]
+
+
 def tdc(*arguments, width=100):
     console = (cli.console.width, cli.messages.width)
     cli.console.width = cli.messages.width = width
