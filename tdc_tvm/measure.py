@@ -1,4 +1,4 @@
-"""Measuring configurations: on this machine, or from what was measured before.
+"""Measuring configurations: on this machine, or from what was measured before; on others by `measure_rpc`.
 
 `LocalMeasurer` times as ``scripts/oracle.py`` does: launches within a CUDA graph, which repeat on the same data.
 """
@@ -85,7 +85,7 @@ class LocalMeasurer:
 
     def __init__(self, target: str, device: DeviceSpec, seconds: float = 0.05, timeout_s: float = 120.0) -> None:
         self.target, self.device, self.seconds, self.timeout_s = target, device, seconds, timeout_s
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
 
     def measure(self, shape: ConvShape, configs: Sequence[KernelConfig]) -> Iterator[Measurement]:
         """One after the other, as they come; what ends the process or hangs it is an error of its own."""
@@ -129,8 +129,8 @@ class LocalMeasurer:
     def _ask(self, shape: ConvShape, configs: Sequence[KernelConfig]) -> str:
         """Have kernels built; why that failed, if it did."""
         if self._worker is None:
-            self._worker = _Worker(self.target, self.device, self.seconds)
-        return self._worker.ask(shape, configs) or str(self._wait())
+            self._worker = Worker(_work, self.target, self.device, self.seconds)
+        return self._worker.ask((shape, list(configs))) or str(self._wait())
 
     def _wait(self) -> Any:
         assert self._worker is not None
@@ -138,23 +138,30 @@ class LocalMeasurer:
 
 
 # What says nothing about the GPU's state.
-_NOT_BUILT, _WRONG = "was not built: ", "wrong result: "
-_OWN_ERRORS = (_NOT_BUILT, _WRONG)
+NOT_BUILT, _WRONG = "was not built: ", "wrong result: "
+_OWN_ERRORS = (NOT_BUILT, _WRONG)
 
 
-class _Worker:
-    """A process that builds the batches it is given, says so by an empty message, and sends a measurement of each."""
+class Worker:
+    """A process that does what it is asked, until its end of the connection closes.
 
-    def __init__(self, target: str, device: DeviceSpec, seconds: float) -> None:
+    Parameters
+    ----------
+    work : callable
+        Of a module, to be found by name in a new process; is given the connection, and then ``arguments``.
+    """
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, target, device, seconds), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, shape: ConvShape, configs: Sequence[KernelConfig]) -> str:
+    def ask(self, job: Any) -> str:
+        """Give it a job; why that failed, if it did."""
         try:
-            self.connection.send((shape, list(configs)))
+            self.connection.send(job)
         except OSError:
             return self._status()
         return ""
@@ -169,6 +176,7 @@ class _Worker:
             return self._status()
 
     def close(self) -> None:
+        """Kill it."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -179,13 +187,14 @@ class _Worker:
 
 
 def _work(connection: Connection, target: str, device: DeviceSpec, seconds: float) -> None:
+    """Build each batch, say so by an empty message, and send a measurement of each."""
     clock: Clock | None = None
     # The process that asks may be gone.
     with suppress(EOFError, OSError):
         while True:
             shape, configs = connection.recv()
             case = Case.of(shape)
-            built = _build(case, target, device, configs)
+            built = build_kernels(case, target, device, configs)
             connection.send("")
             clock = clock or _clock(device, seconds)
             for config, kernel in zip(configs, built, strict=True):
@@ -290,16 +299,29 @@ def _maxima(value: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Built:
-    """A kernel's function, or why there is none."""
+class BuiltKernel:
+    """A function of a compiled library, or why there is none.
 
-    function: Any
+    Parameters
+    ----------
+    library, name
+        The library, and what it calls the function.
+    constants : sequence of numpy.ndarray
+        What it takes after its input.
+    between : sequence of tuple of int
+        Extents of what it takes after its output, to write to.
+    error : str
+        Why there is none.
+    """
+
+    library: Any
+    name: str
     constants: Sequence[np.ndarray]
     between: Sequence[tuple[int, ...]]
     error: str = ""
 
 
-def _build(case: Case, target: str, device: DeviceSpec, configs: Sequence[KernelConfig]) -> list[_Built]:
+def build_kernels(case: Case, target: str, device: DeviceSpec, configs: Sequence[KernelConfig]) -> list[BuiltKernel]:
     """Compile the configurations as one library; if that fails, each by itself."""
     import tvm
 
@@ -325,18 +347,32 @@ def _build(case: Case, target: str, device: DeviceSpec, configs: Sequence[Kernel
             )
     except Exception as error:
         if len(configs) == 1:
-            return [_Built(None, (), (), f"{_NOT_BUILT}{type(error).__name__}: {error}"[:2000])]
-        return [built for config in configs for built in _build(case, target, device, [config])]
-    return [_Built(library[name], kernel.constants, kernel.between) for name, kernel in kernels.items()]
+            return [BuiltKernel(None, "", (), (), f"{NOT_BUILT}{type(error).__name__}: {error}"[:2000])]
+        return [built for config in configs for built in build_kernels(case, target, device, [config])]
+    return [BuiltKernel(library, name, kernel.constants, kernel.between) for name, kernel in kernels.items()]
 
 
-def _run(case: Case, kernel: _Built, device: DeviceSpec, clock: Clock) -> list[float]:
+def _run(case: Case, kernel: BuiltKernel, device: DeviceSpec, clock: Clock) -> list[float]:
     """Check a kernel, then time it; no times of one that was not built."""
     import tvm
 
     if kernel.error:
         return []
-    place = tvm.cuda(0) if device.kind == "cuda" else tvm.cpu(0)
+    function = kernel.library[kernel.name]
+    arguments = checked_arguments(case, kernel, function, tvm.cuda(0) if device.kind == "cuda" else tvm.cpu(0))
+    return clock(lambda: function(*arguments))
+
+
+def checked_arguments(case: Case, kernel: BuiltKernel, function: Any, place: Any) -> list[Any]:
+    """What a kernel's function takes on a device, of this machine or not, after a launch whose result was right.
+
+    Raises
+    ------
+    ArithmeticError
+        If it was wrong.
+    """
+    import tvm
+
     dtype = stages_of(case.shape)[0].dtype
     inputs = [tvm.runtime.tensor(array, place) for array in (case.x, *kernel.constants)]
     # What a kernel leaves out stays NaN.
@@ -345,9 +381,9 @@ def _run(case: Case, kernel: _Built, device: DeviceSpec, clock: Clock) -> list[f
         for extents in (case.expected.shape, *kernel.between)
     ]
     assert str(outputs[0].dtype) == dtype, "the input has the type that is stored"
-    kernel.function(*inputs, *outputs)
+    function(*inputs, *outputs)
     case.check(outputs[0].numpy())
-    return clock(lambda: kernel.function(*inputs, *outputs))
+    return [*inputs, *outputs]
 
 
 def _clock(device: DeviceSpec, seconds: float) -> Clock:

@@ -95,7 +95,10 @@ def gpu_name(name: str, cores: int) -> str:
 def local_gpu_arch() -> str | None:
     """The architecture of this machine's first GPU, such as ``"sm_90a"``; None if there is none."""
     device = local_gpu()
-    if device is None:
-        return None
+    return None if device is None else gpu_arch(device)
+
+
+def gpu_arch(device: tvm.runtime.Device) -> str:
+    """The architecture of a GPU, on this machine or not, with all that is in no other (``a``)."""
     major, minor = str(device.compute_version).split(".")
     return f"sm_{major}{minor}" + ("a" if int(major) >= 9 else "")

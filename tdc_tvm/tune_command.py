@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +16,10 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.plan_command import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tdc_tvm.schedules.shape import ConvShape
+    from tdc_tvm.search import Measurer
     from tdc_tvm.tuning import Machine, Tuned
     from tdc_tvm.tuning_db import TuningDatabase
 
@@ -53,8 +55,23 @@ def tune(
         str | None, typer.Option("--ranks", metavar="OUT,IN", help="Of --layer: a Tucker layer at these ranks.")
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", metavar="NAME", help="cuda, this machine's GPU, or llvm, its CPU.")
+        str,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME",
+            help="cuda, this machine's GPU, or llvm, its CPU; with --tracker the servers', or sm_90a and the like.",
+        ),
     ] = "cuda",
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            "--tracker", metavar="HOST:PORT", help="Measure on the servers of a TVM RPC tracker, all at once."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="NAME", help="Of --tracker: which servers, all of one kind.")
+    ] = None,
     precision: Annotated[
         Precision, typer.Option("--precision", metavar="NAME", help="Arithmetic: fp32; on GPUs tf32, fp16, bf16.")
     ] = Precision.fp32,
@@ -89,13 +106,11 @@ def tune(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")] = False,
 ) -> None:
-    """Measure configurations of layers on this machine, for 'tdc build --tuning-db'.
+    """Measure configurations of layers, on this machine or on others, for 'tdc build --tuning-db'.
 
-    Every measurement is in the database before the next begins; after a kill, --resume goes on.
+    Every measurement is stored as it comes; after a kill, --resume goes on.
     """
     from tdc_tvm import cli
-    from tdc_tvm.measure import LocalMeasurer
-    from tdc_tvm.tuning import Machine
     from tdc_tvm.tuning_db import TuningDatabase
 
     if (model is None) == (not layer) and (layer or not merge):
@@ -106,6 +121,8 @@ def tune(
         )
     if ranks is not None and model is not None:
         raise TdcError("--ranks is for --layer; a model is decomposed by --decompose")
+    if (tracker is None) != (key is None):
+        raise TdcError("--tracker HOST:PORT and --key NAME go together: where servers are found, and which of them")
     with cli._warnings_as_notes():
         store = TuningDatabase(database)
         if merge:
@@ -113,10 +130,9 @@ def tune(
             cli.messages.print(f"{added} new records in {database}", markup=False, soft_wrap=True)
     if model is None and not layer:
         return
-    machine = Machine.here(target)
-    shapes = _shapes(machine, model, layer, ranks, precision.value, decompose, cli._shapes(input_shape), batch)
-    with LocalMeasurer(machine.target, machine.device, seconds) as measurer:
-        results = _tune_all(shapes, machine, measurer, store, strategy.value, trials, seed, resume)
+    with _measurer(target, seconds, tracker, key) as (machine, measurer, size):
+        shapes = _shapes(machine, model, layer, ranks, precision.value, decompose, cli._shapes(input_shape), batch)
+        results = _tune_all(shapes, machine, measurer, store, strategy.value, trials, seed, resume, size)
     if as_json:
         cli.print_json({"database": str(database), "device": machine.name, "layers": [_data(one) for one in results]})
         return
@@ -127,7 +143,29 @@ def tune(
         soft_wrap=True,
     )
     if model is not None:
-        cli.console.print(f"use them:  tdc build {model} -o model.so --tuning-db {database}", soft_wrap=True)
+        where = "" if tracker is None else f", on a machine with {machine.name}"
+        cli.console.print(f"use them{where}:  tdc build {model} -o model.so --tuning-db {database}", soft_wrap=True)
+
+
+@contextmanager
+def _measurer(
+    target: str, seconds: float, tracker: str | None, key: str | None
+) -> Iterator[tuple[Machine, Measurer, int]]:
+    """What is tuned on, what measures there, and how many configurations it is given at a time."""
+    from tdc_tvm.measure import LocalMeasurer
+    from tdc_tvm.search import BATCH
+    from tdc_tvm.tuning import Machine
+
+    if tracker is not None and key is not None:
+        from tdc_tvm.measure_rpc import RpcMeasurer
+        from tdc_tvm.rpc_servers import Tracker
+
+        with RpcMeasurer(Tracker.parse(tracker, key), target, seconds) as remote:
+            yield remote.machine, remote, max(BATCH, remote.server_count)
+        return
+    machine = Machine.here(target)
+    with LocalMeasurer(machine.target, machine.device, seconds) as local:
+        yield machine, local, BATCH
 
 
 def _shapes(
@@ -159,12 +197,13 @@ def _shapes(
 def _tune_all(
     shapes: Sequence[ConvShape],
     machine: Machine,
-    measurer: Any,
+    measurer: Measurer,
     store: TuningDatabase,
     strategy: str,
     trials: int,
     seed: int,
     resume: bool,
+    size: int,
 ) -> list[Tuned]:
     from tdc_tvm import cli
     from tdc_tvm.tuning import tune_shape
@@ -191,7 +230,7 @@ def _tune_all(
             results.append(
                 tune_shape(
                     shape, machine, measurer, store,
-                    strategy=strategy, trials=trials, seed=seed, resume=resume, observe=observe,
+                    strategy=strategy, trials=trials, seed=seed, resume=resume, batch=size, observe=observe,
                 )
             )  # fmt: skip
     return results

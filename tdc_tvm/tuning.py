@@ -14,7 +14,7 @@ from tdc_tvm.errors import TdcError
 from tdc_tvm.schedules.device import DeviceSpec
 from tdc_tvm.schedules.digest import source_digest
 from tdc_tvm.schedules.shape import Conv2dShape, ConvShape, TuckerConvShape
-from tdc_tvm.search import STRATEGIES, Measurement, Measurer, Search, Space, XgboostSearch, run_search
+from tdc_tvm.search import BATCH, STRATEGIES, Measurement, Measurer, Search, Space, XgboostSearch, run_search
 from tdc_tvm.targets import local_gpu, local_name, resolve_target
 from tdc_tvm.tuning_db import TuningDatabase, TuningKey, TuningRecord, same_device
 
@@ -26,7 +26,7 @@ class Machine:
     Parameters
     ----------
     target : str
-        ``"sm_90a"`` and the like, or ``"llvm"``.
+        ``"sm_90a"`` and the like, ``"llvm"``, or another machine's as TVM's JSON.
     device : DeviceSpec
         What the kernels are built for, as `tdc_tvm.build` does.
     name : str
@@ -52,7 +52,7 @@ class Machine:
         if target not in ("cuda", "llvm"):
             raise TdcError(
                 f"tuning measures on this machine; found the target {target!r}, expected 'cuda', its GPU, or 'llvm',"
-                " its CPU"
+                " its CPU; --tracker measures on others"
             )
         versions = {"tdc_tvm": tdc_tvm.__version__, "tvm": tvm.__version__}
         if target == "llvm":
@@ -108,6 +108,7 @@ def tune_shape(
     trials: int = 64,
     seed: int = 0,
     resume: bool = False,
+    batch: int = BATCH,
     observe: Callable[[TuningRecord], object] = lambda record: None,
 ) -> Tuned:
     """Search for the fastest configuration of a convolution; each measurement is in the database before the next.
@@ -130,6 +131,8 @@ def tune_shape(
         Of the search.
     resume : bool
         Whether what the database has of this key counts as measured already.
+    batch : int
+        Configurations that are given to the measurer at a time, at most.
     observe : callable
         Given each new record.
 
@@ -146,7 +149,7 @@ def tune_shape(
     search.observe(Measurement(record.config, record.samples_us, record.error) for record in known.values())
     records = {config: record for config, record in known.items() if config in space.numbers}
     predicted = dict(zip(space.configs, space.predicted_us.tolist(), strict=True))
-    for result in run_search(search, measurer, trials):
+    for result in run_search(search, measurer, trials, batch):
         record = TuningRecord(
             key,
             result.config,

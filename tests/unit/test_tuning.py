@@ -221,6 +221,20 @@ def test_each_measurement_is_stored_before_the_next_and_counts_when_resumed(tmp_
     assert kept[0].versions["tvm"]
 
 
+def test_a_measurer_of_many_is_given_as_many_at_a_time(tmp_path, cpu):
+    one = Space.of(SMALL, cpu.device)
+    sizes = []
+
+    class Counting(ReplayMeasurer):
+        def measure(self, shape, configs):
+            sizes.append(len(configs))
+            return super().measure(shape, configs)
+
+    measurer = Counting({SMALL: {config: Measurement(config, (1.0,)) for config in one.configs}})
+    tune_shape(SMALL, cpu, measurer, TuningDatabase(tmp_path / "t.jsonl"), strategy="random", trials=4, batch=3)
+    assert sizes == [3, 1]
+
+
 def tdc(*arguments, width=100):
     console = (cli.console.width, cli.messages.width)
     cli.console.width = cli.messages.width = width
@@ -269,6 +283,13 @@ def test_tuning_needs_a_gpu(model_path, tmp_path):
         (("--layer", "1x6x6x8 -> 8", "--batch", "2"), "are for models"),
         (("m.onnx", "--ranks", "4,4"), "--ranks is for --layer"),
         (("--layer", "1x6x6x8 -> 8", "--target", "sm_90"), "tuning measures on this machine; found the target 'sm_90'"),
+        (("--layer", "1x6x6x8 -> 8", "--tracker", "rack:9190"), "--tracker HOST:PORT and --key NAME go together"),
+        (("--layer", "1x6x6x8 -> 8", "--key", "gpu"), "--tracker HOST:PORT and --key NAME go together"),
+        (
+            ("--layer", "1x6x6x8 -> 8", "--tracker", "rack", "--key", "gpu"),
+            "found the tracker 'rack'; expected HOST:PORT",
+        ),
+        (("--layer", "1x6x6x8 -> 8", "--tracker", "rack:0", "--key", "gpu"), "found the tracker 'rack:0'"),
         (("--merge", "absent.jsonl"), "there is no tuning database absent.jsonl"),
         (("absent.onnx",), "absent.onnx"),
     ],
