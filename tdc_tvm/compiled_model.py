@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,9 @@ class CompiledModel:
     def _batched_inputs(self) -> list[bool]:
         return [_is_batched([(entry, entry.inputs[i]) for entry in self.entries]) for i in range(len(self.inputs))]
 
+    def _is_batched_output(self, number: int) -> bool:
+        return _is_batched([(entry, entry.outputs[number]) for entry in self.entries])
+
     def _next_larger(self, rows: int) -> Entry:
         fitting = [entry for entry in self.entries if entry.batch is not None and entry.batch >= rows > 0]
         if not fitting:
@@ -185,7 +189,7 @@ class CompiledModel:
 
     def _say_filled_up(self, rows: int, entry: Entry) -> None:
         for number, info in enumerate(entry.outputs):
-            if not _is_batched([(other, other.outputs[number]) for other in self.entries]):
+            if not self._is_batched_output(number):
                 raise TdcError(
                     f"found a batch of {rows}; {self._built()}. It cannot be filled up to {entry.batch}, as the leading"
                     f" extent of output {info.name!r} {info.shape} is not the batch: pass one of these sizes, or build"
@@ -207,6 +211,26 @@ class CompiledModel:
             if sizes
             else "the model's shapes are fixed"
         )
+
+    def filled_up(self) -> Entry | None:
+        """A batch that lies between those that were built, as an entry of its size; None if nothing is filled up."""
+        batches = {entry.batch for entry in self.entries}
+        for entry in reversed(self.entries):
+            rows = (entry.batch or 1) - 1
+            if (
+                len(self.entries) > 1
+                and rows
+                and rows not in batches
+                and any(self._batched_inputs)
+                and all(map(self._is_batched_output, range(len(entry.outputs))))
+            ):
+                inputs = (
+                    replace(info, shape=(rows, *info.shape[1:])) if is_batched else info
+                    for info, is_batched in zip(entry.inputs, self._batched_inputs, strict=True)
+                )
+                outputs = (replace(info, shape=(rows, *info.shape[1:])) for info in entry.outputs)
+                return replace(entry, batch=rows, inputs=tuple(inputs), outputs=tuple(outputs))
+        return None
 
     def _point(self, entry: Entry) -> _EntryPoint:
         with self._lock:

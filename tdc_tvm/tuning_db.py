@@ -286,9 +286,12 @@ class TuningDatabase:
         return dict(self._by_key.get(key, {}))
 
     def best(self, key: TuningKey) -> TuningRecord | None:
-        """The fastest configuration; of equals the first in order."""
+        """The fastest configuration; of equals the first in order.
+
+        Times of different clocks do not compare: where some are of a CUDA graph, those over RPC do not count.
+        """
         timed = [record for record in self._by_key.get(key, {}).values() if record.samples_us]
-        return min(timed, key=lambda record: (record.median_us, record.config), default=None)
+        return min(timed, key=lambda r: (r.versions.get("clock", ""), r.median_us, r.config), default=None)
 
     def _add(self, record: TuningRecord) -> None:
         self.records.append(record)

@@ -1,6 +1,7 @@
 """Several batch sizes in one library: what runs where, what is filled up, and what is refused."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -66,6 +67,29 @@ def images():
 @pytest.fixture(scope="module")
 def expected(open_model, images):
     return reference_outputs(open_model, {"x": images})[0]
+
+
+def centered():
+    """Images whose results depend on all of a batch."""
+    b = ModelBuilder()
+    x = b.input("x", ("n", 4))
+    return b.build(b.node("Sub", b.node("Exp", x), b.node("ReduceMean", b.node("Exp", x), axes=[0])))
+
+
+def test_verification_fills_a_batch_up_too(built, open_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detail = verify(built, open_model).detail
+    assert re.search(r"batch 4: .*; batch 1: .*; batch 3, filled up: y differs by \S+ at magnitude", detail), detail
+
+
+def test_a_batch_that_cannot_be_filled_up_rightly_is_told():
+    with pytest.warns(UserWarning, match=r"a batch of 3, filled up .* is not right: .* differs .* depend on other"):
+        built = tdc_tvm.build(centered(), "llvm", batch=[1, 4])
+    assert built.report.verification.status == "passed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "filled up" not in verify(tdc_tvm.build(averaged(), "llvm", batch=[1, 4]), averaged()).detail
 
 
 def test_the_sizes_that_were_built_run_as_they_are(model, images, expected):

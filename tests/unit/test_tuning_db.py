@@ -133,6 +133,14 @@ def test_a_merge_keeps_each_record_once_and_the_latest_counts_in_any_order(tmp_p
     assert bests == [(other, other)] * 2
 
 
+def test_times_of_different_clocks_are_not_compared(tmp_path):
+    remote = {"clock": "time_evaluator over RPC"}
+    database = filled(tmp_path / "t.jsonl", record(5.0, 4, versions=remote), record(4.0, 8, versions=remote))
+    assert database.best(KEY).config["warps"] == 8
+    database.append(record(4.5, 16))
+    assert database.best(KEY).config["warps"] == 16
+
+
 def test_failed_candidates_are_known_and_never_the_best(tmp_path):
     database = filled(tmp_path / "t.jsonl", record(2.0, date="2026-01-01"), record(None, date="2026-02-01"))
     assert database.best(KEY) is None
