@@ -115,8 +115,8 @@ def verify(
         except TdcError as error:
             warnings.warn(
                 f"a batch of {entry.batch}, filled up as it is between the sizes that were built, is not right:"
-                f" {str(error).removesuffix(_ADVICE)}; does an image's result depend on other images? Then run the model at"
-                " the sizes that were built only",
+                f" {str(error).removesuffix(_ADVICE)}; does an image's result depend on other images? Then run it"
+                " at the sizes that were built only",
                 stacklevel=2,
             )
         finally:
