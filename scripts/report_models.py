@@ -95,8 +95,13 @@ def _cells(record: dict[str, Any], clock: str, name: str) -> list[str]:
     return ["" if value is None else format(value, digits) for value, digits in values]
 
 
+def _value(record: dict[str, Any], clock: str, name: str, field: str) -> float | None:
+    """Of a contender's record; None if it has none, or 0 for it."""
+    return record.get(clock, {}).get(name, {}).get(field) or None
+
+
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw bars of all contenders, a group for each network, below each other for each precision and batch.
+    """Draw bars of all contenders' times and memory, a group for each network, a row for each precision and batch.
 
     Raises
     ------
@@ -109,31 +114,44 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         raise SystemExit("no network was timed; there is nothing to plot")
     timed = contenders(records)
     most = max(map(len, groups.values()))
-    size = (max(8, 1 + 0.24 * len(timed) * most), 1 + 4 * len(groups))
-    figure, rows = pyplot.subplots(len(groups), figsize=size, layout="constrained", squeeze=False)
+    size = (max(12, 2 + 0.4 * len(timed) * most), 1 + 4 * len(groups))
+    figure, rows = pyplot.subplots(
+        len(groups), 2, figsize=size, layout="constrained", squeeze=False, width_ratios=(3, 2)
+    )
     kinds = list(dict.fromkeys(_kind(name) for _, name in timed if name != "ours"))
     # In pairs of a dark and a light one.
     colors = pyplot.get_cmap("tab20").colors
     handles = {}
-    width = 0.85 / len(timed)
-    for ((precision, batch), members), axes in zip(groups.items(), rows[:, 0], strict=True):
-        for index, (clock, name) in enumerate(timed):
-            places = [place for place, record in enumerate(members) if name in record.get(clock, {})]
-            heights = [members[place][clock][name]["median_us"] for place in places]
-            lefts = [place + width * index for place in places]
-            color = "gray" if name == "ours" else colors[2 * kinds.index(_kind(name)) + name.endswith("original")]
-            hatch = "//" if clock == "wall" else None
-            bars = axes.bar(lefts, heights, width, align="edge", color=color, hatch=hatch)
-            if places:
+    # From tens of microseconds to milliseconds, and from megabytes to gigabytes.
+    values = {"us of a call": ("median_us", 1.0), "MB of memory, at most": ("peak_bytes", 1e-6)}
+    for ((precision, batch), members), columns in zip(groups.items(), rows, strict=True):
+        for axes, (title, (field, scale)) in zip(columns, values.items(), strict=True):
+            measured = {
+                one: [
+                    (place, scale * value)
+                    for place, record in enumerate(members)
+                    if (value := _value(record, *one, field))
+                ]
+                for one in timed
+            }
+            drawn = [one for one in timed if measured[one]]
+            width = 0.85 / max(1, len(drawn))
+            for index, (clock, name) in enumerate(drawn):
+                places, heights = zip(*measured[clock, name], strict=True)
+                lefts = [place + width * index for place in places]
+                color = "gray" if name == "ours" else colors[2 * kinds.index(_kind(name)) + name.endswith("original")]
+                hatch = "//" if clock == "wall" else None
+                bars = axes.bar(lefts, heights, width, align="edge", color=color, hatch=hatch)
                 handles.setdefault((clock, name), bars)
-            axes.bar_label(bars, fmt="%.0f", fontsize=7, rotation=90, padding=2)
-        axes.set_xticks([place + 0.425 for place in range(len(members))])
-        axes.set_xticklabels([f"{record['shape']['network']} {record['shape']['form']}" for record in members])
-        # From tens of microseconds to milliseconds.
-        axes.set_yscale("log")
-        axes.margins(y=0.2)
-        axes.set_ylabel("us of a call")
-        axes.set_title(f"{precision}, batch {batch}")
+                axes.bar_label(bars, fmt="%.0f", fontsize=7, rotation=90, padding=2)
+            axes.set_xticks([place + 0.425 for place in range(len(members))])
+            axes.set_xticklabels([f"{record['shape']['network']}\n{record['shape']['form']}" for record in members])
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(pyplot.NullFormatter())
+            axes.margins(y=0.2)
+            axes.set_ylabel(title)
+            axes.set_title(f"{precision}, batch {batch}")
     shown = [one for one in timed if one in handles]
     texts = [label(name, clock) for clock, name in shown]
     figure.legend([handles[one] for one in shown], texts, loc="outside lower center", ncols=4)
