@@ -423,14 +423,16 @@ def test_a_plot_of_networks_has_a_group_for_each_and_a_bar_for_what_was_timed(tm
     report_models.plot([{"environment": {}}, half, network_record(), other], tmp_path / "new.png")
     assert (tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
-    first, second = figure.axes
+    first, _, second, memory = figure.axes
     assert (first.get_title(), second.get_title()) == ("fp16, batch 8", "fp32, batch 8")
-    assert [text.get_text() for text in second.get_xticklabels()] == ["resnet18 tucker", "vgg16_bn tucker"]
+    assert [text.get_text() for text in second.get_xticklabels()] == ["resnet18\ntucker", "vgg16_bn\ntucker"]
     heights = [[bar.get_height() for bar in container] for container in second.containers]
     assert [one for one in heights if one] == [[50, 70], [400] * 2, [250] * 2, [3000], [80] * 2, [960] * 2]
     lefts = [bar.get_x() for container in second.containers for bar in container]
     assert len(set(lefts)) == len(lefts) == 11
     assert sum(len(container) for container in first.containers) == 3
+    sizes = [[bar.get_height() for bar in container] for container in memory.containers]
+    assert sizes == [[7, 7]] * 3 + [[7]] + [[7, 7]] * 2
     (legend,) = figure.legends
     shown = {
         text.get_text(): handle.get_facecolor()
