@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import tvm
 from tvm import relax, tirx
-from tvm.s_tir import meta_schedule as ms
 from tvm.relax.analysis import has_reshape_pattern
+from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target
 
 # Searches schedules of functions, given with how often each is called, and puts them into the database.

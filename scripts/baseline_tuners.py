@@ -11,9 +11,11 @@ import math
 import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
 
 # By layout: the order of the activations' axes and of the kernel's, of which ours are NHWC and OIHW.
 LAYOUTS = {"NHWC": ("HWIO", (0, 1, 2, 3), (2, 3, 1, 0)), "NCHW": ("OIHW", (0, 3, 1, 2), (0, 1, 2, 3))}
-# Of MetaSchedule's own examples of convolutions: a 1x1 is a matrix product as it stands, the channels, which threads
-# load as vectors, lie behind each other, and so do those of the kernel that tensor cores read.
-METASCHEDULE_LAYOUT = "NHWC"
 # What ONNX has, and so what TVM's default pipeline gets.
 DEFAULT_LAYOUT = "NCHW"
 # Of timing a whole layer, about, and after which it has failed.
@@ -61,6 +60,20 @@ def check_shape(shape: ConvShape) -> None:
             f"MetaSchedule, TVM and cuDNN are compared on convolutions and Tucker layers with symmetric padding in"
             f" fp32, tf32 or fp16; found {shape}: leave it out, or these contenders"
         )
+
+
+def check_cudnn() -> None:
+    """Refuse to go on where cuDNN cannot run.
+
+    Raises
+    ------
+    TdcError
+        If PyTorch finds no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise TdcError("cuDNN runs on GPUs, and PyTorch finds none here; leave out the contender cudnn")
 
 
 def stage_function(stage: Conv2dShape, layout: str, has_end: bool, default: Target | None = None) -> tirx.PrimFunc:
@@ -185,7 +198,9 @@ def time_layer(library: str, shape: ConvShape, layout: str, device: DeviceSpec, 
     return _clock(device, seconds)(launch)
 
 
-def build_and_time(functions: Mapping[str, Any], target: Target, shape: ConvShape, layout: str, device: DeviceSpec) -> float:
+def build_and_time(
+    functions: Mapping[str, Any], target: Target, shape: ConvShape, layout: str, device: DeviceSpec
+) -> float:
     """The median time of a layer of scheduled stages in us, in a process that a bad kernel can take down.
 
     Returns
@@ -193,8 +208,6 @@ def build_and_time(functions: Mapping[str, Any], target: Target, shape: ConvShap
     float
         Infinite if it failed, which is warned of.
     """
-    import warnings
-
     import tvm
 
     from tdc_tvm.metaschedule import build_library
@@ -225,18 +238,18 @@ def _tuner(target: str) -> MetaSchedule:
     return MetaSchedule(resolve_target(target))
 
 
-def metaschedule(shape: ConvShape, measurer: LocalMeasurer, trials: int, seed: int) -> tuple[list[Trial], float]:
+def metaschedule(
+    shape: ConvShape, measurer: LocalMeasurer, trials: int, seed: int, layout: str = "NHWC"
+) -> tuple[list[Trial], float]:
     """MetaSchedule's search: its trials, and the time of its best as a whole in us.
 
-    Stages are searched together; a trial's time is that of the layer if the other stages are the best so far.
+    Stages are searched together; a trial's time is that of the layer if the other stages are the best so far.  In NHWC
+    a 1x1 is a matrix product as it stands, and threads load channels as vectors; tensor cores fit both layouts.
     """
-    from dataclasses import replace
-
     from tdc_tvm.metaschedule import open_database
 
-    check_shape(shape)
     tuner, begin = _tuner(measurer.target), time.monotonic()
-    functions = stage_functions(shape, METASCHEDULE_LAYOUT)
+    functions = stage_functions(shape, layout)
     best = dict.fromkeys(functions, math.inf)
     found: list[Trial] = []
 
@@ -251,7 +264,7 @@ def metaschedule(shape: ConvShape, measurer: LocalMeasurer, trials: int, seed: i
         scheduled = {name: tuner.best(function, database) for name, function in functions.items()}
     if None in scheduled.values():
         return found, math.inf
-    return found, build_and_time(scheduled, tuner.target, shape, METASCHEDULE_LAYOUT, measurer.device)
+    return found, build_and_time(scheduled, tuner.target, shape, layout, measurer.device)
 
 
 def tvm_default(shape: ConvShape, measurer: LocalMeasurer) -> float:
@@ -259,25 +272,16 @@ def tvm_default(shape: ConvShape, measurer: LocalMeasurer) -> float:
     from tdc_tvm.metaschedule import limited
     from tdc_tvm.targets import resolve_target
 
-    check_shape(shape)
     target = limited(resolve_target(measurer.target))
     functions = stage_functions(shape, DEFAULT_LAYOUT, target)
     return build_and_time(functions, target, shape, DEFAULT_LAYOUT, measurer.device)
 
 
 def cudnn(shape: ConvShape) -> float:
-    """The time in us of the best way that PyTorch with cuDNN has, of those of `bench_layers`.
-
-    Raises
-    ------
-    TdcError
-        If PyTorch finds no GPU.
-    """
+    """The time in us of the best way that PyTorch with cuDNN has, of those of `bench_layers`."""
     import torch
 
-    check_shape(shape)
-    if not torch.cuda.is_available():
-        raise TdcError("cuDNN runs on GPUs, and PyTorch finds none; leave out the contender cudnn")
+    check_cudnn()
     layer = build_layers.describe(shape, ())
     with torch.inference_mode():
         gpu = gpu_layers.Gpu(Path(), {"layers": {"layer": layer}, "precision": layer["precision"]})
@@ -286,4 +290,3 @@ def cudnn(shape: ConvShape) -> float:
         best = min(times, key=lambda name: times[name]["median_us"])
         final = gpu_layers.alternate(gpu, [ways[best]], bench_layers.LAUNCHES, SECONDS)
     return float(final[best]["median_us"])
-

@@ -18,7 +18,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 from tvm.ir.utils import derived_object
+from tvm.s_tir import ScheduleError
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
@@ -42,11 +43,13 @@ from tdc_tvm.targets import local_gpu_arch
 # Rounds that a function's trials are divided into at least, so that the cost model learns, and candidates of one at
 # most and, as each begins with a search of some seconds, at least.
 _ROUNDS, _MOST, _LEAST = 4, 64, 8
+# How often a space of schedules is drawn, which may fail.
+_DRAWS = 10
 # Of schedules that evolve in a round; TVM's default.  A round applies some thousands, which is what it takes long for.
 POPULATION = 512
 # Hyperthreads included, which TVM's defaults leave idle.
 _CORES = len(os.sched_getaffinity(0))
-# A tensorized schedule keeps accumulators in buffers that this pass would merge, which LowerIntrin then does not accept.
+# Tensorized schedules have buffers of several types, which this pass would merge, and LowerIntrin then rejects them.
 BUILD_CONFIG = {"tirx.disable_storage_rewrite": True}
 _LOG = logging.getLogger(__name__)
 
@@ -180,22 +183,10 @@ class MetaSchedule:
         """
         if trials < len(functions):
             raise TdcError(f"found {trials} trials for {len(functions)} functions; expected one for each at least")
-        with _parse_quickly():
-            import tvm.s_tir.tensor_intrin  # noqa: F401  (registers what tensorized schedules are made of)
+        _register_intrinsics()
         names, seeds = list(functions), ms.utils.fork_seed(seed + 1, n=len(functions))
         contexts = [
-            ms.TuneContext(
-                mod=function,
-                target=self.target,
-                space_generator=_space(function, self.target),
-                search_strategy=ms.search_strategy.EvolutionarySearch(
-                    population_size=POPULATION, init_min_unmeasured=min(50, POPULATION)
-                ),
-                task_name=name,
-                rand_state=number,
-                num_threads=_CORES,
-                logger=_LOG,
-            ).clone()
+            task_context(name, function, self.target, number)
             for (name, function), number in zip(functions.items(), seeds, strict=True)
         ]
         share = trials // len(functions)
@@ -216,7 +207,7 @@ class MetaSchedule:
                 builder=self.builder,
                 runner=self.runner,
                 database=database,
-                cost_model=ms.cost_model.XGBModel(num_tuning_cores=_CORES, tree_method="hist"),
+                cost_model=ms.cost_model.XGBModel(num_tuning_cores=1, tree_method="hist"),
                 measure_callbacks=callbacks,
             )
 
@@ -283,15 +274,37 @@ def open_database(folder: Path) -> ms.database.Database:
         raise TdcError(f"cannot read MetaSchedule's database {folder} ({first}); remove it, or name another") from None
 
 
-def is_tensorized(function: tirx.PrimFunc, target: Target) -> bool:
-    """Whether tensor cores may compute a function: on GPUs those that read FP16 and sum in FP32."""
-    return target.kind.name == "cuda" and any(str(parameter.dtype) == "float16" for parameter in function.params)
+def task_context(name: str, function: tirx.PrimFunc, target: Target, seed: int) -> ms.TuneContext:
+    """A function and the space of its schedules: on GPUs that of tensor cores if it reads FP16 and fits them."""
+    spaces = [target.kind.name]
+    if target.kind.name == "cuda" and any(str(parameter.dtype) == "float16" for parameter in function.params):
+        spaces.insert(0, "cuda-tensorcore")
 
+    def context(generator: ms.space_generator.SpaceGenerator) -> ms.TuneContext:
+        return ms.TuneContext(
+            mod=function,
+            target=target,
+            space_generator=generator,
+            search_strategy=ms.search_strategy.EvolutionarySearch(
+                population_size=POPULATION, init_min_unmeasured=min(50, POPULATION)
+            ),
+            task_name=name,
+            rand_state=seed,
+            num_threads=_CORES,
+            logger=_LOG,
+        )
 
-def _space(function: tirx.PrimFunc, target: Target) -> Any:
-    kind = target.kind.name
-    rules = "cuda-tensorcore" if is_tensorized(function, target) else kind
-    return ms.space_generator.PostOrderApply(sch_rules=rules, postprocs=rules, mutator_probs=rules)
+    for space in spaces:
+        rules = {"postprocs": space, "mutator_probs": space}
+        drawn = context(ms.space_generator.PostOrderApply(sch_rules=space, **rules))
+        for _ in range(_DRAWS):
+            # Some tiles do not fit where pixels are padded to the tiles of tensor cores.
+            with suppress(ScheduleError):
+                sketches = list(drawn.generate_design_space())
+                fixed = ms.space_generator.ScheduleFn(lambda schedule, found=sketches: found, sch_rules=[], **rules)
+                return context(fixed).clone()
+        _LOG.info("no schedule of %s was found in the space %s", name, space)
+    raise TdcError(f"MetaSchedule finds no schedule for the function {name}; leave out tune_rest (--tune-rest)")
 
 
 @contextmanager
@@ -336,6 +349,12 @@ class _Builder(ms.builder.PyBuilder):
                 error = f"not built in {self.timeout_s:g} s" if done.status == StatusKind.TIMEOUT else str(done.value)
                 results.append(ms.builder.BuilderResult(None, error))
         return results
+
+
+def _register_intrinsics() -> None:
+    """What tensorized schedules are made of."""
+    with _parse_quickly():
+        import tvm.s_tir.tensor_intrin  # noqa: F401
 
 
 def _build_artifact(job: tuple[tvm.IRModule, Target]) -> str:
