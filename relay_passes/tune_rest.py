@@ -12,7 +12,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target
 
 # Searches schedules of functions, given with how often each is called, and puts them into the database.
-Search = Callable[[dict[str, tirx.PrimFunc], list[int]], None]
+Search = Callable[[dict[str, tirx.PrimFunc], dict[str, float]], None]
 
 
 @tvm.transform.module_pass(opt_level=0, name="TuneRest")
@@ -48,7 +48,10 @@ class TuneRest:
         missing = [task for task in tasks if not self._has(task, target)]
         self.open += [task.task_name for task in tasks]
         if self.search is not None and missing:
-            self.search({task.task_name: _function(task) for task in missing}, [int(task.weight) for task in missing])
+            self.search(
+                {task.task_name: _function(task) for task in missing},
+                {task.task_name: float(task.weight) for task in missing},
+            )
             self.searched += [task.task_name for task in missing]
         self.decided += [task.task_name for task in tasks if self._has(task, target)]
         with self.database:

@@ -222,7 +222,7 @@ def build_and_time(
             build_library(tvm.IRModule(named), target, path)
             samples = pool.submit(time_layer, str(path), shape, layout, device, SECONDS).result(TIMEOUT_S)
         except (RuntimeError, ArithmeticError, TimeoutError, BrokenProcessPool) as error:
-            for process in pool._processes.values():
+            for process in (pool._processes or {}).values():
                 process.kill()
             warnings.warn(f"{shape}: {type(error).__name__}: {str(error)[:500]}", stacklevel=2)
             return math.inf

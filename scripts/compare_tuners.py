@@ -599,7 +599,9 @@ def _table(rows: Rows, width: int) -> Table:
     title, columns, lines = rows
     wide = {"pick\n/ oracle", "xgboost-\nalone", "worst\nof 8", "best of\nours", "trials"}
     hidden = wide if width < 110 else set()
-    shown = [number for number, column in enumerate(columns) if column not in hidden]
+    shown = [
+        number for number, column in enumerate(columns) if column not in hidden and any(line[number] for line in lines)
+    ]
     names = [columns[number] for number in shown]
     table = bench_layers.make_table(title, names[:1], names[1:])
     for line in lines:

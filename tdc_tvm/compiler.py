@@ -214,7 +214,7 @@ def _tune_rest(
         metaschedule.database_folder(beside, local_name(target) or device.name, device.arch)
     )
 
-    def search(functions: dict[str, tvm.tirx.PrimFunc], weights: list[int]) -> None:
+    def search(functions: dict[str, tvm.tirx.PrimFunc], weights: dict[str, float]) -> None:
         progress(f"tuning {len(functions)} other functions, {trials} trials for each")
         with metaschedule.MetaSchedule(resolved) as tuner:
             tuner.tune(functions, trials * len(functions), store, weights=weights, seed=seed)

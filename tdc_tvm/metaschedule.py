@@ -1,8 +1,7 @@
 """TVM's MetaSchedule: it searches schedules for functions that have none, such as what our operators do not cover.
 
-Its candidates are built in processes that stay, as libraries ready to load, and timed by the clock of
-`tdc_tvm.measure`.  TVM's own builder starts its processes anew for each batch, each of which then reads its tensor
-intrinsics, and leaves linking to the process that measures.
+Its candidates are built in processes that stay, and timed by the clock of `tdc_tvm.measure`.  TVM's own builder starts
+its processes anew for each batch, each of which then parses tensor intrinsics that no build needs: half a minute.
 """
 
 from __future__ import annotations
@@ -155,7 +154,7 @@ class MetaSchedule:
         trials: int,
         database: ms.database.Database,
         *,
-        weights: Sequence[float] | None = None,
+        weights: Mapping[str, float] | None = None,
         seed: int = 0,
         observe: Callable[[Trial], object] = lambda trial: None,
     ) -> None:
@@ -164,12 +163,12 @@ class MetaSchedule:
         Parameters
         ----------
         functions : mapping of str to PrimFunc
-            Without a schedule.
+            Without a schedule; those that MetaSchedule finds none for are passed over.
         trials : int
             Candidates to measure, of all functions together.
         database : tvm.s_tir.meta_schedule.database.Database
             What is added to.
-        weights : sequence of float, optional
+        weights : mapping of str to float, optional
             How often each function is called: where time is lost is searched most.
         seed : int
             Of the search.
@@ -179,28 +178,31 @@ class MetaSchedule:
         Raises
         ------
         TdcError
-            If a function cannot be scheduled, or there are fewer trials than functions.
+            If there are fewer trials than functions.
         """
         if trials < len(functions):
             raise TdcError(f"found {trials} trials for {len(functions)} functions; expected one for each at least")
         _register_intrinsics()
-        names, seeds = list(functions), ms.utils.fork_seed(seed + 1, n=len(functions))
-        contexts = [
-            task_context(name, function, self.target, number)
+        seeds = ms.utils.fork_seed(seed + 1, n=len(functions))
+        tasks = {
+            name: task_context(name, function, self.target, number)
             for (name, function), number in zip(functions.items(), seeds, strict=True)
-        ]
-        share = trials // len(functions)
+        }
+        contexts = {name: context for name, context in tasks.items() if context is not None}
+        if not contexts:
+            return
+        share = trials // len(contexts)
         round_size = min(share, max(_LEAST, min(_MOST, math.ceil(share / _ROUNDS))))
         callbacks = [
-            _Observer(names, time.monotonic(), observe),
+            _Observer(list(contexts), time.monotonic(), observe),
             ms.measure_callback.AddToDatabase(),
             ms.measure_callback.UpdateCostModel(),
             ms.measure_callback.RemoveBuildArtifact(),
         ]
         with without_chatter():
             ms.tune.tune_tasks(
-                tasks=contexts,
-                task_weights=list(weights or [1.0] * len(functions)),
+                tasks=list(contexts.values()),
+                task_weights=[(weights or {}).get(name, 1.0) for name in contexts],
                 work_dir="",
                 max_trials_global=trials,
                 num_trials_per_iter=round_size,
@@ -274,8 +276,11 @@ def open_database(folder: Path) -> ms.database.Database:
         raise TdcError(f"cannot read MetaSchedule's database {folder} ({first}); remove it, or name another") from None
 
 
-def task_context(name: str, function: tirx.PrimFunc, target: Target, seed: int) -> ms.TuneContext:
-    """A function and the space of its schedules: on GPUs that of tensor cores if it reads FP16 and fits them."""
+def task_context(name: str, function: tirx.PrimFunc, target: Target, seed: int) -> ms.TuneContext | None:
+    """A function and the space of its schedules: on GPUs that of tensor cores if it reads FP16 and fits them.
+
+    None if there is no schedule of it.
+    """
     spaces = [target.kind.name]
     if target.kind.name == "cuda" and any(str(parameter.dtype) == "float16" for parameter in function.params):
         spaces.insert(0, "cuda-tensorcore")
@@ -299,12 +304,12 @@ def task_context(name: str, function: tirx.PrimFunc, target: Target, seed: int) 
         drawn = context(ms.space_generator.PostOrderApply(sch_rules=space, **rules))
         for _ in range(_DRAWS):
             # Some tiles do not fit where pixels are padded to the tiles of tensor cores.
-            with suppress(ScheduleError):
+            with suppress(ScheduleError, tvm.error.InternalError):
                 sketches = list(drawn.generate_design_space())
                 fixed = ms.space_generator.ScheduleFn(lambda schedule, found=sketches: found, sch_rules=[], **rules)
                 return context(fixed).clone()
         _LOG.info("no schedule of %s was found in the space %s", name, space)
-    raise TdcError(f"MetaSchedule finds no schedule for the function {name}; leave out tune_rest (--tune-rest)")
+    return None
 
 
 @contextmanager
