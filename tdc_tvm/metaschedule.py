@@ -26,7 +26,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 from tvm.ir.utils import derived_object
-from tvm.s_tir import ScheduleError
+from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
@@ -213,10 +213,15 @@ class MetaSchedule:
                 measure_callbacks=callbacks,
             )
 
-    def best(self, function: tirx.PrimFunc, database: ms.database.Database) -> tirx.PrimFunc | None:
-        """A function by the fastest schedule that a database has of it; None if it has none."""
-        mod = database.query_ir_module(ms.tune_context._normalize_mod(function), self.target, "main")
-        return None if mod is None else mod["main"]
+    def best(self, function: tirx.PrimFunc, database: ms.database.Database, rank: int = 0) -> tirx.PrimFunc | None:
+        """A function by the fastest schedule that a database has of it, or the ``rank``-th after it; None without."""
+        workload = database.commit_workload(ms.tune_context._normalize_mod(function))
+        records = database.get_top_k(workload, rank + 1)
+        if len(records) <= rank:
+            return None
+        schedule = Schedule(workload.mod)
+        records[rank].trace.apply_to_schedule(schedule, remove_postproc=False)
+        return schedule.mod["main"]
 
 
 def check_measures_here(target: Target) -> None:
