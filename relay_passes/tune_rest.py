@@ -11,6 +11,9 @@ from tvm.relax.analysis import has_reshape_pattern
 from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target
 
+# How MetaSchedule's schedules are built, while they are measured and afterwards.  The pass that is off merges buffers
+# of several types, which LowerIntrin rejects in tensorized schedules, and those of two reductions across threads.
+BUILD_CONFIG = {"tirx.disable_storage_rewrite": True}
 # Searches schedules of functions, given with how often each is called, and puts them into the database.
 Search = Callable[[dict[str, tirx.PrimFunc], dict[str, float]], None]
 

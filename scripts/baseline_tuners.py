@@ -201,7 +201,12 @@ def time_layer(library: str, shape: ConvShape, layout: str, device: DeviceSpec, 
 
 
 def build_and_time(
-    functions: Mapping[str, Any], target: Target, shape: ConvShape, layout: str, device: DeviceSpec
+    functions: Mapping[str, Any],
+    target: Target,
+    shape: ConvShape,
+    layout: str,
+    device: DeviceSpec,
+    config: Mapping[str, Any],
 ) -> float:
     """The median time of a layer of scheduled stages in us, in a process that a bad kernel can take down.
 
@@ -221,7 +226,7 @@ def build_and_time(
     ):
         path = Path(folder, "layer.so")
         try:
-            build_library(tvm.IRModule(named), target, path)
+            build_library(tvm.IRModule(named), target, path, config)
             samples = pool.submit(time_layer, str(path), shape, layout, device, SECONDS).result(TIMEOUT_S)
         except (RuntimeError, ArithmeticError, TimeoutError, BrokenProcessPool) as error:
             for process in (pool._processes or {}).values():
@@ -248,7 +253,7 @@ def metaschedule(
     Stages are searched together; a trial's time is that of the layer if the other stages are the best so far.  In NHWC
     a 1x1 is a matrix product as it stands, and threads load channels as vectors; tensor cores fit both layouts.
     """
-    from tdc_tvm.metaschedule import open_database
+    from tdc_tvm.metaschedule import BUILD_CONFIG, open_database
 
     tuner, begin = _tuner(measurer.target), time.monotonic()
     functions = stage_functions(shape, layout)
@@ -268,7 +273,7 @@ def metaschedule(
             scheduled = {name: tuner.best(function, database, rank) for name, function in functions.items()}
             if None in scheduled.values():
                 break
-            final_us = build_and_time(scheduled, tuner.target, shape, layout, measurer.device)
+            final_us = build_and_time(scheduled, tuner.target, shape, layout, measurer.device, BUILD_CONFIG)
             if math.isfinite(final_us):
                 return found, final_us
     return found, math.inf
@@ -281,7 +286,7 @@ def tvm_default(shape: ConvShape, measurer: LocalMeasurer) -> float:
 
     target = limited(resolve_target(measurer.target))
     functions = stage_functions(shape, DEFAULT_LAYOUT, target)
-    return build_and_time(functions, target, shape, DEFAULT_LAYOUT, measurer.device)
+    return build_and_time(functions, target, shape, DEFAULT_LAYOUT, measurer.device, {})
 
 
 def cudnn(shape: ConvShape) -> float:

@@ -44,7 +44,7 @@ from tdc_tvm.relay_passes.layers import layers_of
 from tdc_tvm.relay_passes.link_entries import link_entries
 from tdc_tvm.relay_passes.lower_conv import Tuned
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
-from tdc_tvm.relay_passes.tune_rest import TuneRest
+from tdc_tvm.relay_passes.tune_rest import BUILD_CONFIG, TuneRest
 from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
@@ -142,7 +142,8 @@ def build(
     source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
     choices = None if database is None else TunedChoices(database, source.device, local_name(target))
     context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
-    with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+    config = {} if rest is None else BUILD_CONFIG
+    with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3, config=config):
         entries: list[Entry] = []
         reports, graphs = [], {}
         for size in sizes:

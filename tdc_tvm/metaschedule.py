@@ -36,6 +36,7 @@ from tdc_tvm.cuda_toolchain import cuda_compiler, load_cuda_runtime
 from tdc_tvm.errors import TdcError
 from tdc_tvm.measure import Clock, _clock
 from tdc_tvm.quiet import without_chatter
+from tdc_tvm.relay_passes.tune_rest import BUILD_CONFIG
 from tdc_tvm.schedules.device import DeviceSpec, cpu_threads, use_cpu_threads
 from tdc_tvm.targets import local_gpu_arch
 
@@ -48,9 +49,9 @@ _DRAWS = 10
 POPULATION = 512
 # Hyperthreads included, which TVM's defaults leave idle.
 _CORES = len(os.sched_getaffinity(0))
-# Tensorized schedules have buffers of several types, which this pass would merge, and LowerIntrin then rejects them.
-BUILD_CONFIG = {"tirx.disable_storage_rewrite": True}
 _LOG = logging.getLogger(__name__)
+# Warnings, as of a space with fewer schedules than trials, are no news to a user.
+_LOG.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -374,10 +375,12 @@ def _build_artifact(job: tuple[tvm.IRModule, Target]) -> str:
     return str(path)
 
 
-def build_library(mod: tvm.IRModule, target: Target, path: Path) -> None:
-    """Compile scheduled functions into a library."""
+def build_library(
+    mod: tvm.IRModule, target: Target, path: Path, config: Mapping[str, Any] = types.MappingProxyType(BUILD_CONFIG)
+) -> None:
+    """Compile scheduled functions into a library, by default as MetaSchedule's candidates."""
     context = cuda_compiler(target) if target.kind.name == "cuda" else nullcontext()
-    with context, target, tvm.transform.PassContext(config=BUILD_CONFIG), without_chatter():
+    with context, target, tvm.transform.PassContext(config=dict(config)), without_chatter():
         mod = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod)
         tvm.tirx.build(mod, target=target).export_library(str(path))
 
