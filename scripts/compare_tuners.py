@@ -362,10 +362,13 @@ def _columns(trials: Sequence[Trial]) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
+    import xgboost
+
     from tdc_tvm.schedules.digest import source_digest
 
-    packages = {name: metadata.version(name) for name in ("apache-tvm", "numpy", "xgboost")}
-    return packages | {"schedules_sha256": source_digest()}
+    # XGBoost is installed under several names.
+    packages = {name: metadata.version(name) for name in ("apache-tvm", "numpy")}
+    return packages | {"xgboost": xgboost.__version__, "schedules_sha256": source_digest()}
 
 
 def _batch_size() -> int:
