@@ -18,6 +18,7 @@ from tdc_tvm.relay_passes.keep_nan import KEEP_NAN
 from tdc_tvm.relay_passes.keep_storage import keep_storage
 from tdc_tvm.relay_passes.lower_conv import LowerConv, Tuned
 from tdc_tvm.relay_passes.narrow_activations import narrow_activations
+from tdc_tvm.relay_passes.tune_rest import TuneRest
 from tdc_tvm.relay_passes.view_reshapes import VIEW_RESHAPES
 from tdc_tvm.schedules.device import DeviceSpec
 
@@ -88,13 +89,13 @@ def graph_passes(
     ]
 
 
-def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
+def lowering_passes(target: Target, tune_rest: TuneRest | None = None) -> list[tvm.transform.Pass]:
     """From kernels and high-level operators to scheduled functions and a planned executable."""
     if target.kind.name == "cuda":
         from tvm.relax.backend.cuda import pipeline
 
-        # ends with dlight's schedules for every function that has none yet
-        schedule: list[tvm.transform.Pass] = []
+        # dlight's, for every function that has none yet
+        _, *fuse_others, schedule = pipeline.legalize_passes(target)
         planned: list[tvm.transform.Pass] = [keep_storage]
         legal = KEEP_NAN | VIEW_RESHAPES
     else:
@@ -102,14 +103,15 @@ def lowering_passes(target: Target) -> list[tvm.transform.Pass]:
 
         from tdc_tvm.schedules.cpu.generic import ScheduleGenericCpu
 
-        schedule, planned, legal = [ScheduleGenericCpu()], [], KEEP_NAN
-    _, *schedule_others = pipeline.legalize_passes(target)
+        _, *fuse_others = pipeline.legalize_passes(target)
+        schedule, planned, legal = ScheduleGenericCpu(), [], KEEP_NAN
     plan_memory, *finalize = pipeline.finalize_passes(target)
     return [
         *pipeline.library_dispatch_passes(target),
         relax.transform.LegalizeOps(legal),
-        *schedule_others,
-        *schedule,
+        *fuse_others,
+        *([tune_rest] if tune_rest is not None else []),
+        schedule,
         *pipeline.dataflow_lower_passes(target),
         plan_memory,
         *planned,

@@ -4,11 +4,15 @@ All see the same layers, candidates and measurements::
 
     python scripts/compare_tuners.py run --replay scripts/results/oracle-h100-fp16.jsonl.xz -o tuners.jsonl --seeds 10
     python scripts/compare_tuners.py run --layer '1x56x56x64 -> 64, 3x3' --ranks 32,32 -o tuners.jsonl  # on this GPU
+    python scripts/compare_tuners.py run --shapes core --contenders model:8 metaschedule:200 tvm cudnn -o tuners.jsonl
     python scripts/compare_tuners.py report tuners.jsonl --plots build/tuners                           # no GPU needed
 
 ``--replay`` answers with what ``oracle.py`` measured, so a search can choose among those candidates alone, of which
 half were the best by the model of that day: a random search finds fast ones sooner than among all that there are.  A
 replayed run ends when it has found the fastest, after which nothing can change.
+
+``metaschedule``, ``tvm`` and ``cudnn`` choose among other kernels than ours (see `baseline_tuners`), timed by the same
+clock on this machine.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import baseline_tuners
 import bench_layers
 import build_layers
 import gpu_check
@@ -35,6 +40,7 @@ import gpu_layers
 import numpy as np
 from gpu_layers import geometric_mean
 
+from tdc_tvm.errors import TdcError
 from tdc_tvm.files import check_output, write_atomic
 
 if TYPE_CHECKING:
@@ -50,13 +56,17 @@ AFTER = (1, 8, 32)
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration that a contender measured: its number among the layer's, the time, and the wall time since the
-    contender began, as far as that was measured.
+    """A configuration that a contender measured: its number among the layer's, or `FOREIGN`, the time, and the wall
+    time since the contender began, as far as that was measured.
     """
 
     number: int
     us: float
     seconds: float | None
+
+
+# Of kernels that are not ours: a trial's, and that of the chosen one, which is timed as a whole and is no trial.
+FOREIGN, FINAL = -1, -2
 
 
 @dataclass(frozen=True)
@@ -71,12 +81,15 @@ class Contender:
         Whether it is run once for each seed.
     run : callable
         From (space, measurer, trials, seed, the other layers' spaces and times) to trials, as they come.  What has a
-        compiler and a timer of its own, such as MetaSchedule, gives trials whose number is none of the space's.
+        compiler of its own, such as MetaSchedule, gives trials whose number is `FOREIGN` and then one that is `FINAL`.
+    is_ours : bool
+        Whether it chooses among our kernels, and so has a part in the oracle.
     """
 
     label: str
     is_random: bool
-    run: Callable[[Space, Measurer, int, int, Callable[[], list]], Iterator[Trial]]
+    run: Callable[[Space, Any, int, int, Callable[[], list]], Iterator[Trial]]
+    is_ours: bool = True
 
 
 def _search(make: Callable[..., Any], is_taught: bool = False) -> Callable[..., Iterator[Trial]]:
@@ -94,6 +107,24 @@ def _search(make: Callable[..., Any], is_taught: bool = False) -> Callable[..., 
     return run
 
 
+def _metaschedule(layout: str) -> Callable[..., Iterator[Trial]]:
+    def run(space: Space, measurer: Any, trials: int, seed: int, others: Callable[[], list]) -> Iterator[Trial]:
+        found, final_us = baseline_tuners.metaschedule(space.shape, measurer, trials, seed, layout)
+        for trial in found:
+            yield Trial(FOREIGN, trial.us, trial.seconds)
+        yield Trial(FINAL, final_us, None)
+
+    return run
+
+
+def _tvm(space: Space, measurer: Any, trials: int, seed: int, others: Callable[[], list]) -> Iterator[Trial]:
+    yield Trial(FINAL, baseline_tuners.tvm_default(space.shape, measurer), None)
+
+
+def _cudnn(space: Space, measurer: Any, trials: int, seed: int, others: Callable[[], list]) -> Iterator[Trial]:
+    yield Trial(FINAL, baseline_tuners.cudnn(space.shape), None)
+
+
 def contenders() -> dict[str, Contender]:
     """All there are."""
     from tdc_tvm.search import ExhaustiveSearch, ModelSearch, RandomSearch, XgboostSearch
@@ -108,7 +139,15 @@ def contenders() -> dict[str, Contender]:
         "xgboost-alone": Contender("XGBoost without the model", True, _search(without_model)),
         "random": Contender("random", True, _search(RandomSearch)),
         "exhaustive": Contender("all candidates", False, _search(ExhaustiveSearch)),
+        "metaschedule": Contender("MetaSchedule", False, _metaschedule("NHWC"), is_ours=False),
+        "metaschedule-nchw": Contender("MetaSchedule, NCHW", False, _metaschedule("NCHW"), is_ours=False),
+        "tvm": Contender("TVM's default", False, _tvm, is_ours=False),
+        "cudnn": Contender("cuDNN", False, _cudnn, is_ours=False),
     }
+
+
+# Those that a replay can run, all but the whole of the space.
+USUAL = ("model", "xgboost", "xgboost-taught", "xgboost-alone", "random")
 
 
 def read_stored(paths: Sequence[Path], predictions: str) -> Iterator[tuple[Space, dict[str, Any]]]:
@@ -156,12 +195,16 @@ def read_stored(paths: Sequence[Path], predictions: str) -> Iterator[tuple[Space
 def run(arguments: argparse.Namespace) -> int:
     """Let all contenders choose, layer by layer; records go to the output as they come."""
     known = contenders()
-    chosen = {name: known[name] for name in arguments.contenders}
+    chosen = dict(_read_contender(text) for text in arguments.contenders)
+    _check_contenders(chosen, arguments)
     if arguments.replay:
         layers = list(read_stored(arguments.replay, arguments.predictions))
         measurer_of = _replay(layers)
     else:
         layers, measurer_of = _local(arguments)
+    if not all(known[name].is_ours for name in chosen):
+        for space, _ in layers:
+            baseline_tuners.check_shape(space.shape)
     environment = {
         "command": " ".join(Path(word).name for word in sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -172,6 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
         "measured_on": {about["source"]: about["measured_on"] for _, about in layers},
     }
     check_output(arguments.output, "a comparison", (".jsonl",), arguments.replay or ())
+    begin, longest = time.monotonic(), 0.0
     with arguments.output.open("w") as file:
 
         def write(record: dict[str, Any]) -> None:
@@ -180,6 +224,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         write({"environment": environment})
         for number, (space, about) in enumerate(layers, 1):
+            begin_layer = time.monotonic()
+            if arguments.budget is not None and begin_layer - begin + longest > arguments.budget:
+                left = arguments.skip + number - 1
+                print(f"out of time; go on into another file with --skip {left}", file=sys.stderr)
+                break
             print(f"layer {number} of {len(layers)}: {space.shape}", file=sys.stderr, flush=True)
             write(
                 {
@@ -191,11 +240,39 @@ def run(arguments: argparse.Namespace) -> int:
                     "measured_us": _times(space, about),
                 }
             )
-            for name, contender in chosen.items():
-                for seed in range(arguments.seeds if contender.is_random else 1):
-                    trials = _trials(space, about, contender, measurer_of(about), seed, layers, arguments.trials)
+            for name, most in chosen.items():
+                for seed in range(arguments.seeds if known[name].is_random else 1):
+                    most = arguments.trials if most is None else most
+                    trials = _trials(space, about, known[name], measurer_of(about), seed, layers, most)
                     write({"layer": str(space.shape), "contender": name, "seed": seed} | _columns(trials))
+            longest = max(longest, time.monotonic() - begin_layer)
     return 0
+
+
+def _read_contender(text: str) -> tuple[str, int | None]:
+    """A contender's name and its trials, if the text says how many."""
+    name, colon, trials = text.partition(":")
+    if name not in contenders() or (colon and not (trials.isdigit() and int(trials))):
+        raise TdcError(
+            f"found the contender {text!r}; expected one of {', '.join(contenders())}, and its trials if others than"
+            " --trials: metaschedule:200"
+        )
+    return name, int(trials) if colon else None
+
+
+def _check_contenders(chosen: Mapping[str, int | None], arguments: argparse.Namespace) -> None:
+    foreign = [name for name in chosen if not contenders()[name].is_ours]
+    if arguments.replay and foreign:
+        raise TdcError(
+            f"{', '.join(foreign)} measure on this machine, and a replay does not: leave them out, or say --layer or"
+            " --shapes instead of --replay"
+        )
+    if "cudnn" in chosen:
+        baseline_tuners.check_cudnn()
+    if arguments.shapes and arguments.ranks:
+        raise TdcError("--ranks is for --layer; --shapes have TDC's ranks: leave it out")
+    if any(name.startswith("metaschedule") and not (most or arguments.trials) for name, most in chosen.items()):
+        raise TdcError("MetaSchedule never comes to an end by itself; say how many trials it has: metaschedule:200")
 
 
 def _replay(layers: Sequence[tuple[Space, dict[str, Any]]]) -> Callable[[dict[str, Any]], Measurer]:
@@ -214,12 +291,17 @@ def _local(arguments: argparse.Namespace) -> tuple[list, Callable[[dict[str, Any
     machine = Machine.here(arguments.target)
     ranks = None if arguments.ranks is None else tuple(map(int, arguments.ranks.split(",")))
     measurer = LocalMeasurer(machine.target, machine.device)
+    if arguments.shapes:
+        shapes = list(bench_layers.select(arguments.shapes, [1], arguments.precision))
+    else:
+        shapes = [parse_shape(text, arguments.precision, ranks) for text in arguments.layer]
     layers = []
-    for text in arguments.layer:
-        shape = parse_shape(text, arguments.precision, ranks)
+    for shape in shapes[arguments.skip :]:
         group = f"{'Tucker layers' if hasattr(shape, 'stages') else 'convolutions'}, {arguments.precision.upper()}"
         about = {"source": machine.name, "group": group, "measured_on": machine.versions, "measured": None}
         layers.append((Space.of(shape, machine.device), about))
+    if not layers:
+        raise TdcError(f"found --skip {arguments.skip} of {len(shapes)} layers; expected fewer: none is left")
     first, _ = layers[0]
     # The measuring process begins before the first contender's clock does.
     list(measurer.measure(first.shape, first.configs[:1]))
@@ -260,26 +342,33 @@ def _times(space: Space, about: Mapping[str, Any]) -> list[float | None] | None:
     return [us if np.isfinite(us) else None for us in times]
 
 
-def _columns(trials: Sequence[Trial]) -> dict[str, list]:
+def _columns(trials: Sequence[Trial]) -> dict[str, Any]:
     """Every trial in order: the configuration's number, its time, the best so far, and seconds where they are known."""
+    final = [trial.us for trial in trials if trial.number == FINAL]
+    trials = [trial for trial in trials if trial.number != FINAL]
     best = np.minimum.accumulate([trial.us for trial in trials]).tolist()
-    columns: dict[str, list] = {
+    columns: dict[str, Any] = {
         "trials": [trial.number for trial in trials],
         "us": [trial.us if np.isfinite(trial.us) else None for trial in trials],
         "best_us": [us if np.isfinite(us) else None for us in best],
     }
     if all(trial.seconds is not None for trial in trials):
         columns["seconds"] = [trial.seconds for trial in trials]
+    if final:
+        columns["final_us"] = round(final[0], 3) if np.isfinite(final[0]) else None
     return columns
 
 
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
+    import xgboost
+
     from tdc_tvm.schedules.digest import source_digest
 
-    packages = {name: metadata.version(name) for name in ("apache-tvm", "numpy", "xgboost")}
-    return packages | {"schedules_sha256": source_digest()}
+    # XGBoost is installed under several names.
+    packages = {name: metadata.version(name) for name in ("apache-tvm", "numpy")}
+    return packages | {"xgboost": xgboost.__version__, "schedules_sha256": source_digest()}
 
 
 def _batch_size() -> int:
@@ -290,11 +379,25 @@ def _batch_size() -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a contender did with a seed: the best so far after each trial, and the seconds until then, if known."""
+    """What a contender did with a seed: the best so far after each trial, and the seconds until then, if known.
+
+    What needs no trial has one best; what was built and timed again has its time then as ``final_us``.
+    """
 
     seed: int
     best_us: np.ndarray
     seconds: np.ndarray | None
+    trials: int
+    final_us: float
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Run:
+        """Read what ``run`` wrote."""
+        times = [np.inf if us is None else us for us in record["best_us"]]
+        final_us = record.get("final_us", times[-1] if times else None)
+        final_us = np.inf if final_us is None else final_us
+        seconds = np.array(record["seconds"]) if record.get("seconds") else None
+        return Run(record["seed"], np.array(times or [final_us]), seconds, len(times), final_us)
 
     def after(self, trials: int) -> float:
         """The best of so many trials, or of all if there were fewer."""
@@ -321,7 +424,9 @@ class Layer:
         """The fastest that was measured of all."""
         if self.measured_us is not None:
             return float(np.nanmin(self.measured_us))
-        return min(run.best_us[-1] for runs in self.runs.values() for run in runs)
+        known = contenders()
+        ours = [run for name, runs in self.runs.items() if known[name].is_ours for run in runs]
+        return min(run.best_us[-1] for run in ours or (run for runs in self.runs.values() for run in runs))
 
     @property
     def rank_correlation(self) -> float:
@@ -366,9 +471,7 @@ def read_comparison(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[L
                 times = None if measured is None else np.array([np.nan if us is None else us for us in measured])
                 layers.append(Layer(record["layer"], record["group"], np.array(record["predicted_us"]), times, {}))
             elif "contender" in record:
-                best = np.array([np.inf if us is None else us for us in record["best_us"]])
-                seconds = np.array(record["seconds"]) if "seconds" in record else None
-                layers[-1].runs.setdefault(record["contender"], []).append(Run(record["seed"], best, seconds))
+                layers[-1].runs.setdefault(record["contender"], []).append(Run.of(record))
             else:
                 raise SystemExit(f"{path}: found {line[:40]!r}, expected what `compare_tuners.py run` writes")
     if not any(layer.runs for layer in layers):
@@ -433,7 +536,11 @@ def _count(value: float) -> str:
 
 def details(group: str, layers: Sequence[Layer]) -> Rows:
     """A line for each layer."""
-    names = [name for name in contenders() if name != "exhaustive" and all(name in layer.runs for layer in layers)]
+    names = [
+        name
+        for name, contender in contenders().items()
+        if name != "exhaustive" and contender.is_ours and all(name in layer.runs for layer in layers)
+    ]
     columns = ["layer", "oracle\nus", "pick\n/ oracle", "top 8\n/ oracle", "rank\ncorr."]
     columns += [f"{name.replace('-', '-' + chr(10))}" for name in names]
     rows = []
@@ -452,6 +559,42 @@ def details(group: str, layers: Sequence[Layer]) -> Rows:
     return f"{group}: trials to within {NEAR[0]:.0%} of the oracle, means over seeds", columns, rows
 
 
+def baselines(group: str, layers: Sequence[Layer]) -> Rows | None:
+    """The model's pick, with no trial, beside kernels that are not ours, a line for each layer; None without any."""
+    labels = {name: one.label for name, one in contenders().items() if not one.is_ours}
+    names = [name for name in labels if all(name in layer.runs for layer in layers)]
+    if not names or not all("model" in layer.runs for layer in layers):
+        return None
+    columns = ["layer", "pick\nus", "best of\nours", *(f"{_narrow(labels[name])}\nus" for name in names)]
+    columns += ["trials", "seconds"] + [f"pick /\n{_narrow(labels[name])}" for name in names]
+    rows, ratios = [], []
+    for layer in layers:
+        pick_us = layer.runs["model"][0].after(1)
+        runs = [layer.runs[name][0] for name in names]
+        ratios.append([pick_us / run.final_us for run in runs])
+        # Of the first that has trials: MetaSchedule.
+        search = next((run for run in runs if run.seconds is not None), None)
+        rows.append(
+            [
+                _short(layer.name),
+                f"{pick_us:.2f}",
+                f"{layer.oracle_us:.2f}",
+                *(f"{run.final_us:.2f}" if np.isfinite(run.final_us) else "failed" for run in runs),
+                *(["-", "-"] if search is None else [str(search.trials), f"{search.seconds[-1]:.0f}"]),
+                *(f"{ratio:.3f}" if ratio else "-" for ratio in ratios[-1]),
+            ]
+        )
+    means = [geometric_mean(ratio for ratio in column if ratio) for column in zip(*ratios, strict=True)]
+    blanks = [""] * (len(columns) - len(names) - 1)
+    rows.append(["geometric mean", *blanks, *(f"{mean:.3f}" for mean in means)])
+    return f"{group}: the model's pick with 0 trials beside others", columns, rows
+
+
+def _narrow(label: str) -> str:
+    """For the head of a column."""
+    return label.replace("MetaSchedule", "Meta-\nSchedule").replace("TVM's ", "TVM's\n")
+
+
 def _short(name: str) -> str:
     """Of a layer, without its precision, which its group has."""
     return re.sub(r" (tf32|fp16|bf16)|at ranks ", "", name)
@@ -459,8 +602,11 @@ def _short(name: str) -> str:
 
 def _table(rows: Rows, width: int) -> Table:
     title, columns, lines = rows
-    hidden = {"pick\n/ oracle", "xgboost-\nalone", "worst\nof 8"} if width < 110 else set()
-    shown = [number for number, column in enumerate(columns) if column not in hidden]
+    wide = {"pick\n/ oracle", "xgboost-\nalone", "worst\nof 8", "best of\nours", "trials"}
+    hidden = wide if width < 110 else set()
+    shown = [
+        number for number, column in enumerate(columns) if column not in hidden and any(line[number] for line in lines)
+    ]
     names = [columns[number] for number in shown]
     table = bench_layers.make_table(title, names[:1], names[1:])
     for line in lines:
@@ -474,6 +620,8 @@ def report(paths: Sequence[Path], console: Console, plots: Path | None) -> None:
     tables = []
     for group, members in by_group(layers).items():
         tables += [summary(group, members), details(group, members)]
+        beside = baselines(group, members)
+        tables += [] if beside is None else [beside]
     for table in tables:
         console.print(_table(table, console.width))
         console.print()
@@ -505,6 +653,10 @@ _COLOURS = {
     "xgboost-alone": "#ff7f0e",
     "random": "#7f7f7f",
     "exhaustive": "#bcbd22",
+    "metaschedule": "#2ca02c",
+    "metaschedule-nchw": "#98df8a",
+    "tvm": "#8c564b",
+    "cudnn": "#e377c2",
 }
 # Trials that curves are drawn over.
 _DRAWN = 128
@@ -550,11 +702,12 @@ def _bands(layers: Sequence[Layer], name: str) -> np.ndarray:
 
 
 def _draw_curves(axes: Any, layers: Sequence[Layer], title: str) -> None:
-    trials = np.arange(1, _DRAWN + 1)
+    trials, lowest = np.arange(1, _DRAWN + 1), [0.0]
     for name, contender in contenders().items():
         if not all(name in layer.runs for layer in layers) or name == "exhaustive":
             continue
         curves = _bands(layers, name)
+        lowest.append(float(np.min(curves, initial=0.0, where=np.isfinite(curves))))
         # What lies on the model's line is seen through its gaps.
         style, order = ((0, (4, 2)), 3) if name == "model" else ("solid", 2)
         axes.plot(
@@ -573,7 +726,7 @@ def _draw_curves(axes: Any, layers: Sequence[Layer], title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], labels=["1", "2", "4", "8", "16", "32", "64", "128"])
     axes.set_yscale("symlog", linthresh=1, linscale=0.6)
-    axes.set_ylim(-0.1, 150)
+    axes.set_ylim(min(-0.1, 1.1 * min(lowest)), 150)
     axes.set_yticks(_TICKS, labels=[f"{tick} %" for tick in _TICKS])
     axes.set_xlabel("trials (band: 10th to 90th percentile of seeds; dots: 2 %)", fontsize=8)
     axes.set_ylabel("best so far, above the oracle")
@@ -669,9 +822,22 @@ def main() -> int:
     source = run_command.add_mutually_exclusive_group(required=True)
     source.add_argument("--replay", type=Path, nargs="+", metavar="RESULTS", help="what oracle.py measured")
     source.add_argument("--layer", nargs="+", metavar="SHAPE", help="measure here: '1x56x56x64 -> 64, 3x3'")
+    source.add_argument(
+        "--shapes", nargs="+", choices=["core", *bench_layers.NETWORKS], help="measure here: TDC's layers, batch 1"
+    )
+    run_command.add_argument("--skip", type=bench_layers.at_least(0), default=0, help="so many layers, measured before")
+    run_command.add_argument(
+        "--budget",
+        type=bench_layers.at_least(0.0),
+        help="seconds; no layer is begun that would not fit, if it is as long as the longest",
+    )
     run_command.add_argument("--ranks", metavar="OUT,IN", help="of --layer: Tucker layers")
-    run_command.add_argument("--precision", choices=list(gpu_layers.PRECISIONS), default="fp32", help="of --layer")
-    run_command.add_argument("--target", default="cuda", help="of --layer: cuda, or llvm for this machine's CPU")
+    run_command.add_argument(
+        "--precision", choices=list(gpu_layers.PRECISIONS), default="fp32", help="of --layer and --shapes"
+    )
+    run_command.add_argument(
+        "--target", default="cuda", help="of --layer and --shapes: cuda, or llvm for this machine's CPU"
+    )
     run_command.add_argument("--seeds", type=bench_layers.at_least(1), default=5)
     run_command.add_argument("--trials", type=bench_layers.at_least(0), default=0, help="of a run at most; 0: all")
     run_command.add_argument(
@@ -680,8 +846,13 @@ def main() -> int:
         default="present",
         help="the present model's, whose constants were fitted to such results, or those made when they were measured",
     )
-    names = list(contenders())
-    run_command.add_argument("--contenders", nargs="+", choices=names, default=names[:-1])
+    run_command.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME[:TRIALS]",
+        default=USUAL,
+        help=f"of {', '.join(contenders())}; by default those that a replay can run, without all candidates",
+    )
     report_command = commands.add_parser("report", help="print tables, draw curves; no GPU needed")
     report_command.add_argument("results", type=Path, nargs="+")
     report_command.add_argument(

@@ -130,24 +130,31 @@ def gpu_state() -> dict[str, str]:
 
 
 class Gpu:
-    """A build's kernels, and clocks and graphs of the GPU that runs them."""
+    """A build's kernels, and clocks and graphs of the GPU that runs them.
+
+    Without kernels of ours, as to time cuDNN alone, a manifest's layers and precision are enough.
+    """
 
     device = "cuda"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None):
         import torch
 
         self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.manifest = read_manifest(folder) if manifest is None else manifest
         self.layers = self.manifest["layers"]
         self.precision = PRECISIONS[self.manifest["precision"]]
         self.dtype = getattr(torch, self.precision.dtype)
-        self.constants = np.load(folder / CONSTANTS)
         torch.backends.cudnn.benchmark = True
         # No limit on the algorithms that are tried.
         torch.backends.cudnn.benchmark_limit = 0
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.precision.allow_tf32
         self.library = functools.lru_cache(maxsize=8)(self._library)
+
+    @functools.cached_property
+    def constants(self) -> Any:
+        """How the kernels' constants are packed."""
+        return np.load(self.folder / CONSTANTS)
 
     @functools.cached_property
     def l2_bytes(self) -> int:

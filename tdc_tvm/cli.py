@@ -216,6 +216,21 @@ def build(
         Path | None,
         typer.Option("--tuning-db", metavar="FILE", help="What 'tdc tune' measured decides layers it has (.jsonl)."),
     ] = None,
+    tune_rest: Annotated[
+        int | None,
+        typer.Option(
+            "--tune-rest",
+            min=0,
+            metavar="TRIALS",
+            help="Let MetaSchedule tune all but our operators here, so often for each; 0: take what it has found.",
+        ),
+    ] = None,
+    tune_rest_db: Annotated[
+        Path | None,
+        typer.Option(
+            "--tune-rest-db", metavar="FOLDER", help="Of MetaSchedule's databases; by default beside --tuning-db."
+        ),
+    ] = None,
     atol: AtolOption = 1e-5,
     rtol: RtolOption = None,
     seed: SeedOption = 0,
@@ -238,6 +253,8 @@ def build(
         rtol,
         seed,
         tuning_db,
+        tune_rest,
+        tune_rest_db,
     )
     compiled.export_library(output)
     if as_json:
@@ -545,6 +562,8 @@ def _build(
     rtol: float | None,
     seed: int,
     tuning_db: Path | None = None,
+    tune_rest: int | None = None,
+    tune_rest_db: Path | None = None,
 ) -> Any:
     from tdc_tvm.compiler import build as compile_model
 
@@ -562,6 +581,8 @@ def _build(
             rtol=rtol,
             seed=seed,
             tuning_db=tuning_db,
+            tune_rest=tune_rest,
+            tune_rest_db=tune_rest_db,
             progress=step,
         )
 

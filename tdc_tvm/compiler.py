@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -43,6 +44,7 @@ from tdc_tvm.relay_passes.layers import layers_of
 from tdc_tvm.relay_passes.link_entries import link_entries
 from tdc_tvm.relay_passes.lower_conv import Tuned
 from tdc_tvm.relay_passes.pipeline import graph_passes, lowering_passes
+from tdc_tvm.relay_passes.tune_rest import BUILD_CONFIG, TuneRest
 from tdc_tvm.report import BuildReport, Verification
 from tdc_tvm.schedules.cuda.lowering import TIR_PIPELINE
 from tdc_tvm.schedules.device import DeviceSpec
@@ -69,6 +71,8 @@ def build(
     rtol: float | None = None,
     seed: int = 0,
     tuning_db: str | os.PathLike | TuningDatabase | None = None,
+    tune_rest: int | None = None,
+    tune_rest_db: str | os.PathLike | None = None,
     progress: Progress = lambda step: None,
 ) -> CompiledModel:
     """Compile an ONNX model, every Tucker layer as one operator.
@@ -101,6 +105,12 @@ def build(
         Of what `tdc tune` measured: the fastest configuration decides a layer, where the database has one of exactly
         its shape and precision, the device, its architecture and these kernels.  The model decides the others; the
         report says which are which, and what was left out.
+    tune_rest : int, optional
+        Let TVM's MetaSchedule tune what our operators do not cover, by so many trials for each function on average,
+        measured on this machine; 0 takes what its database has, which is never tuned again.
+    tune_rest_db : path, optional
+        The folder of MetaSchedule's databases, one for each device; by default that of the tuning database's name with
+        the suffix ``.metaschedule``.
     progress : callable
         Called with the name of each step as it begins.
 
@@ -111,8 +121,9 @@ def build(
     Raises
     ------
     TdcError
-        If the model, the plan, a batch size, the target or the tuning database is faulty, a compiler is missing, a
-        chain stays unfused although full fusion is required, or verification fails.
+        If the model, the plan, a batch size, the target or a tuning database is faulty, a compiler is missing, a
+        chain stays unfused although full fusion is required, MetaSchedule is to measure for another machine, or
+        verification fails.
 
     Examples
     --------
@@ -127,10 +138,12 @@ def build(
     sizes = _batch_sizes(batch)
     cxx_compiler()
     database = None if tuning_db is None else open_database(tuning_db)
+    rest = _tune_rest(tune_rest, tune_rest_db, database, target, seed, progress)
     source = _prepare(model, target, precision, decompose, input_shapes, sizes[0], progress)
     choices = None if database is None else TunedChoices(database, source.device, local_name(target))
     context = cuda_compiler(source.target) if source.target.kind.name == "cuda" else nullcontext()
-    with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3):
+    config = {} if rest is None else BUILD_CONFIG
+    with context, compiling(), source.target, tvm.transform.PassContext(opt_level=3, config=config):
         entries: list[Entry] = []
         reports, graphs = [], {}
         for size in sizes:
@@ -144,10 +157,12 @@ def build(
             reports.append(report)
             graphs[name] = mod
         progress("generating code")
-        mod = tvm.transform.Sequential(lowering_passes(source.target))(link_entries(graphs))
+        mod = tvm.transform.Sequential(lowering_passes(source.target, rest))(link_entries(graphs))
         pipeline = TIR_PIPELINE if source.target.kind.name == "cuda" else "default"
         code = ObjectFiles(relax.build(mod, source.target, relax_pipeline=None, tir_pipeline=pipeline))
     notes = (*source.notes, *(choices.notes() if choices is not None else ()))
+    if rest is not None:
+        notes += (f"MetaSchedule: {rest.note()}",)
     seconds = time.perf_counter() - start
     report = replace(reports[0], further=tuple(reports[1:]), build_seconds=seconds, notes=notes)
     metadata = Metadata(
@@ -166,6 +181,46 @@ def build(
         compiled.report = replace(report, verification=_verification(compiled, source.proto, atol, rtol, seed))
         compiled.metadata = replace(metadata, report=compiled.report.to_dict())
     return compiled
+
+
+def _tune_rest(
+    trials: int | None,
+    folder: str | os.PathLike | None,
+    database: TuningDatabase | None,
+    target: str | Target,
+    seed: int,
+    progress: Progress,
+) -> TuneRest | None:
+    """What schedules functions that are not our operators, if that is asked for."""
+    if trials is None:
+        if folder is not None:
+            raise TdcError("tune_rest_db is for tune_rest, which is not given; say tune_rest=0 to take what it has")
+        return None
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 0:
+        raise TdcError(f"tune_rest is {trials!r}; expected the number of trials for a function, such as 64, or 0")
+    if folder is None and database is None:
+        raise TdcError(
+            "tune_rest keeps its database beside the tuning database, and there is none; name a folder as tune_rest_db"
+            " (--tune-rest-db FOLDER), or a tuning database (--tuning-db FILE)"
+        )
+    from tdc_tvm import metaschedule
+
+    resolved = resolve_target(target)
+    device = DeviceSpec.from_target(resolved)
+    if trials:
+        metaschedule.check_installed()
+        metaschedule.check_measures_here(resolved)
+    beside = Path(folder) if folder is not None else database.path  # type: ignore[union-attr]
+    store = metaschedule.open_database(
+        metaschedule.database_folder(beside, local_name(target) or device.name, device.arch)
+    )
+
+    def search(functions: dict[str, tvm.tirx.PrimFunc], weights: dict[str, float]) -> None:
+        progress(f"tuning {len(functions)} other functions, {trials} trials for each")
+        with metaschedule.MetaSchedule(resolved) as tuner:
+            tuner.tune(functions, trials * len(functions), store, weights=weights, seed=seed)
+
+    return TuneRest(store, search if trials else None)
 
 
 def plan_build(

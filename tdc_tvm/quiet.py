@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Lines of TVM 0.27: one for each constant saved or loaded, one where the layout conversion gives up (the pipeline goes
-# on without it), one for each Gather.  A line of HiGHS 1.12 on standard output, where it repairs a solution.
+# Lines of TVM 0.27: one for each constant saved or loaded, one where MetaSchedule draws a schedule that does not apply,
+# one where the layout conversion gives up (the pipeline goes on without it), one for each Gather.  A line of HiGHS 1.12
+# on standard output, where it repairs a solution.
 _CHATTER = (
     b"Warning: Scope ",
+    b"Warning: Trace replay failed with ScheduleError",
     b"Warning: BlockBuilder destroyed with remaining blocks",
     b"Fast mode segfaults",
     b"HighsMipSolverData::",
