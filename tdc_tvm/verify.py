@@ -105,22 +105,22 @@ def verify(
         error, detail = _compare(compiled, entry, model, atol, rtol, seed)
         worst = max(worst, error)
         details.append(f"batch {entry.batch}: {detail}" if len(compiled.entries) > 1 else detail)
-    entry = compiled.filled_up()
-    if entry is not None:
+    between = compiled.filled_up()
+    if between is not None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                _, detail = _compare(compiled, entry, model, atol, rtol, seed)
-            details.append(f"batch {entry.batch}, filled up: {detail}")
+                _, detail = _compare(compiled, between, model, atol, rtol, seed)
+            details.append(f"batch {between.batch}, filled up: {detail}")
         except TdcError as error:
             warnings.warn(
-                f"a batch of {entry.batch}, filled up as it is between the sizes that were built, is not right:"
+                f"a batch of {between.batch}, filled up as it is between the sizes that were built, is not right:"
                 f" {str(error).removesuffix(_ADVICE)}; does an image's result depend on other images? Then run it"
                 " at the sizes that were built only",
                 stacklevel=2,
             )
         finally:
-            compiled._filled_up.discard(entry.batch or 0)  # a user's own call says so once
+            compiled._filled_up.discard(between.batch or 0)  # a user's own call says so once
     return Verification("passed", f"{'; '.join(details)} (atol {atol:g}, rtol {rtol:g}, seed {seed})", worst)
 
 
