@@ -43,7 +43,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise TdcError(f"cannot write {path}: the directory {target.parent} does not exist; create it first")
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not target.is_file():  # Path.exists() raises for names that are too long
         raise TdcError(f"cannot write {path}: it exists and is not a regular file; choose another name")
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}")
     try:
@@ -66,7 +66,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
             reason = f"no permission to write in {target.parent}"
         raise TdcError(f"cannot write {path}: {reason}; choose another directory or name") from error
     finally:
-        with suppress(FileNotFoundError):
+        # Not by trying: a read-only file system refuses to remove even what is not there.
+        if os.path.lexists(temporary):
             temporary.unlink()
 
 

@@ -77,6 +77,22 @@ def test_no_permission_is_the_users_mistake(tmp_path, monkeypatch):
         pass
 
 
+def test_a_read_only_file_system_is_the_users_mistake(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "read-only", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(TdcError, match="no permission to write"), write_atomic(tmp_path / "x"):
+        pass
+
+
+def test_a_name_that_is_too_long_is_the_users_mistake(tmp_path):
+    with pytest.raises(TdcError, match="File name too long; choose another"), write_atomic(tmp_path / ("x" * 300)):
+        pass
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EFBIG, "see ulimit -f")])
 def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path, number, message):
     with pytest.raises(TdcError, match=message):
