@@ -54,7 +54,9 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     except ModuleNotFoundError:
         raise TdcError("training needs accelerate; install it with: pip install 'tdc-tvm[train]'") from None
     # Mixed precision is the trainer's own: accelerate's would wrap the model's forward.
-    return Accelerator(cpu=run.device == "cpu", mixed_precision="no")
+    # Unless it is told of the CPU, accelerate lets processes that torchrun started there run unconnected.
+    cpu = run.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no")
 
 
 @dataclass
