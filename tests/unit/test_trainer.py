@@ -501,6 +501,10 @@ def test_configurations_come_back_from_their_files_and_mistakes_are_named(tmp_pa
     ):
         with pytest.raises(TdcError, match=message):
             from_dict(Config, data, "here")
+    (tmp_path / "part.yaml").write_text("data:\ncompress: {admm: , finetune: {epochs: 3}}")
+    mine = load_config(tmp_path / "part.yaml", config)
+    assert mine.compress.finetune == replace(config.compress.finetune, epochs=3)
+    assert replace(mine, compress=config.compress) == config
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(TdcError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")

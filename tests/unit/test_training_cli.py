@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tdc_tvm import cli
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
 from tdc_tvm.training import load_model
+from tdc_tvm.training.config import load_config
 from tdc_tvm.training.data import Arrays, load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +71,13 @@ def test_train_compress_evaluate(folder):
     assert (dense / "config.yaml").read_bytes() == before
     call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 16 layer(s) that the model does not")
     call("compress", dense, "-r", folder / "plan.json", "-o", dense, error="the trained network lies there")
-    result = json.loads(call("compress", dense, "-r", folder / "plan.json", "-o", tucker, "--json"))
+    (folder / "more.yaml").write_text("compress: {recalibration_batches: 2}\ndata: {eval_batch_size: 20}")
+    more = ("-c", folder / "more.yaml")
+    result = json.loads(call("compress", dense, "-r", folder / "plan.json", *more, "-o", tucker, "--json"))
+    ours, theirs = load_config(tucker / "config.yaml"), load_config(dense / "config.yaml")
+    assert ours.compress == replace(theirs.compress, recalibration_batches=2)
+    assert ours.data == replace(theirs.data, eval_batch_size=20)
+    assert json.loads(call("evaluate", dense, *more, "--json"))["val"]["count"] == 20
     assert result["macs"][1] < result["macs"][0]
     call("compress", tucker / "finetune", "-r", "8,8", "-o", folder / "twice", error="compressed already")
     before = [(tucker / name).read_bytes() for name in ("config.yaml", "plan.json")]
