@@ -112,6 +112,8 @@ def read_dataset(config: DataConfig) -> Dataset:
     if not config.root or not root.is_dir():
         raise TdcError(f"the data set's folder {config.root or '(none given)'} does not exist; say where it is (root)")
     train, val, classes = source.read(config, root)
+    if len(classes) < 2:
+        raise TdcError(f"{root} has one class, {classes[0]!r}; expected two or more (train/CLASS/* of an image folder)")
     size = config.image_size or source.image_size
     skipped: list[str] = []
     if config.in_memory:
@@ -303,8 +305,9 @@ def _read_image_folder(config: DataConfig, root: Path) -> tuple[Split, Split | N
     if set(found) != set(classes):
         lost, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
         raise TdcError(
-            f"class count mismatch: train of {root} has {len(classes)} classes, val {len(found)}; "
-            f"only in train: {', '.join(lost[:5]) or 'none'}; only in val: {', '.join(extra[:5]) or 'none'}"
+            f"class mismatch: train of {root} has {len(classes)} classes, val {len(found)}; "
+            f"only in train: {', '.join(lost[:5]) or 'none'}; only in val: {', '.join(extra[:5]) or 'none'}; "
+            "give both the same folders"
         )
     return train, _files_of_classes(root / "val", classes, ""), classes
 
@@ -394,7 +397,7 @@ def _read_arrays(config: DataConfig, root: Path) -> tuple[Split, Split | None, l
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise TdcError(f"there is no folder {folder}; expected the data set's layout there")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise TdcError(f"{folder} has no folders; expected one for each class")
     return names
@@ -406,7 +409,8 @@ def _files_of_classes(folder: Path, classes: Sequence[str], below: str) -> Image
     for label, name in enumerate(classes):
         part = folder / name / below
         files = sorted(entry.name for entry in os.scandir(part)) if part.is_dir() else []
-        files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+        # Names with a dot in front are others' housekeeping, such as macOS's ._cat.jpg.
+        files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")]
         if not files:
             raise TdcError(f"class {name!r} has no images: {part} is missing or empty")
         paths += [part / file for file in files]

@@ -103,6 +103,7 @@ _SHOWN = (
     "primal_relative",
     "dual_relative",
     "rho",
+    "skipped_images",
     "train_seconds",
 )
 

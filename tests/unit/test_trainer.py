@@ -20,6 +20,7 @@ from tdc_tvm.training.checkpoint import load_checkpoint
 from tdc_tvm.training.config import CompressConfig, Config, PhaseConfig, RunConfig, from_dict, load_config, save_config
 from tdc_tvm.training.evaluation import recalibrate
 from tdc_tvm.training.models import create_model, load_weights
+from tdc_tvm.training.progress import Progress
 from tdc_tvm.training.trainer import Trainer, learning_rate, make_accelerator
 
 RUN = RunConfig(device="cpu", tensorboard=False, log_steps=4)
@@ -508,3 +509,9 @@ def test_configurations_come_back_from_their_files_and_mistakes_are_named(tmp_pa
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(TdcError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+
+
+def test_an_epochs_line_tells_of_images_left_out(capsys):
+    record = {"phase": "train", "epoch": 1, "step": 4, "train_loss": 0.5, "skipped_images": 2, "val_loss": 9.0}
+    Progress("train", 4, done=4).epoch(record, 3)
+    assert capsys.readouterr().err == "train 1/3: train_loss 0.5, skipped_images 2\n"

@@ -1,5 +1,6 @@
 import gzip
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -243,8 +244,23 @@ def test_incomplete_tiny_imagenet(tiny, config, change, message):
 
 def test_parts_with_other_classes(folder, config):
     os.rename(folder / "val" / "dog", folder / "val" / "wolf")
-    with pytest.raises(TdcError, match=r"class count mismatch: .*only in train: dog; only in val: wolf"):
+    with pytest.raises(TdcError, match=r"class mismatch: .*only in train: dog; only in val: wolf; give both"):
         read_dataset(config("imagefolder", folder))
+
+
+def test_one_class_alone_is_a_mistake(folder, config):
+    for part in ("train", "val"):
+        shutil.rmtree(folder / part / "dog")
+    with pytest.raises(TdcError, match="one class, 'cat'; expected two or more"):
+        read_dataset(config("imagefolder", folder))
+
+
+def test_hidden_files_and_folders_are_no_data(folder, config):
+    before = read_dataset(config("imagefolder", folder))
+    write_image(folder / "train" / ".ipynb_checkpoints" / "0.jpg", 1)
+    (folder / "train" / "cat" / "._0.jpg").write_bytes(b"what macOS leaves")
+    after = read_dataset(config("imagefolder", folder))
+    assert (after.classes, after.train.paths) == (before.classes, before.train.paths)
 
 
 @pytest.mark.parametrize(
