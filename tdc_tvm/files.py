@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -103,6 +104,36 @@ def check_output(
             raise TdcError(f"cannot write {what} to {path}: {source} would be lost; choose another name")
     with suppress(_UntouchedError), write_atomic(path):
         raise _UntouchedError
+
+
+@contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of a folder while the body runs; a lock ends with its process, however that ends.
+
+    Raises
+    ------
+    TdcError
+        If another process holds the folder, or nothing can be written there.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise TdcError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    try:
+        # Not flock, whose locks a killed process's children keep for as long as they live.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise TdcError(
+                f"another process is at work in {folder}; wait for it or end it, or choose another folder"
+            ) from None
+        # Other errors: the file system has no locks.
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
     settings = ("-c", folder / "config.yaml", "--root", folder, "-o", output)
     text = call("train", *settings, "--budget", 0)
     assert "--resume continues" in text
+    code = "import sys; from tdc_tvm.files import lock_folder\nwith lock_folder(sys.argv[1]): print(); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        call("train", *settings, "--set", "train.lr=0.5", error="another process is at work in")
+    assert load_config(output / "config.yaml").train.lr == 0.02
     assert not (output / "model.safetensors").exists()
     call("train", "-o", output, "--resume")
     assert (output / "model.safetensors").is_file()
