@@ -153,6 +153,11 @@ def evaluate(
     if model.is_dir() and not path.is_file():
         path = model / "model.onnx"
     if not path.is_file():
+        if model.is_dir():
+            raise TdcError(
+                f"{model} has neither model.safetensors nor model.onnx: no run has ended there; continue it with "
+                "--resume, or give a checkpoint, such as best.safetensors"
+            )
         raise TdcError(f"there is no model {path}")
     values = {
         "data.name": data,

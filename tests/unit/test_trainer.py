@@ -404,7 +404,11 @@ def test_a_folder_of_another_run_stays_as_it_is(loader, tmp_path):
     for plan, more, message in (
         (other, {}, "holds a run already"),
         (other, {"resume": True}, "holds a run with other ranks"),
-        (PLAN, {"resume": True, "config": replace(config, method="dense")}, "a run of another method than dense"),
+        (
+            PLAN,
+            {"resume": True, "config": replace(config, method="dense")},
+            "a run of another method than dense, or has lost a phase: found",
+        ),
         (PLAN, {"resume": True, "config": replace(config, method="admm")}, "a run of another method than admm"),
     ):
         with pytest.raises(TdcError, match=message):

@@ -80,7 +80,8 @@ def test_train_compress_evaluate(folder):
     assert ours.data == replace(theirs.data, eval_batch_size=20)
     assert json.loads(call("evaluate", dense, *more, "--json"))["val"]["count"] == 20
     assert result["macs"][1] < result["macs"][0]
-    call("compress", tucker / "finetune", "-r", "8,8", "-o", folder / "twice", error="compressed already")
+    for path in (tucker, tucker / "finetune"):
+        call("compress", path, "-r", "8,8", "-o", folder / "twice", error="compressed already")
     before = [(tucker / name).read_bytes() for name in ("config.yaml", "plan.json")]
     other = ("compress", dense, "-o", tucker, "--set", "compress.finetune.lr=1")
     call(*other, "-r", "8,8", error="holds a run already")
@@ -169,7 +170,9 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
             ),
             "does not run on inputs of shape (1, 3, 32, 32)",
         ),
-        (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "cannot read the checkpoint"),
+        (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "expected the folder or a checkpoint of"),
+        (("compress", "{folder}", "-r", "8,8", "-o", "{folder}/x"), "has no model.safetensors: no run of 'tdc train'"),
+        (("evaluate", "{folder}"), "has neither model.safetensors nor model.onnx: no run has ended there"),
         (
             ("compress", "a.onnx", "-r", "8,8", "-o", "b.onnx", "--method", "admm"),
             "--method is for what 'tdc train' wrote",
