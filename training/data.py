@@ -198,6 +198,8 @@ def open_image(path: str | os.PathLike) -> Any:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # of which Pillow's convert makes white whatever is above 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).replace(str(path), "it")
@@ -349,8 +351,11 @@ def _read_cifar(config: DataConfig, root: Path) -> tuple[Split, Split | None, li
     kind = torchvision.datasets.CIFAR10 if config.name == "cifar10" else torchvision.datasets.CIFAR100
     try:
         parts = [kind(root, train=train, download=config.download) for train in (True, False)]
-    except RuntimeError as error:
-        raise TdcError(f"{error}; expected {config.name} in {root}, or download: true") from None
+    except RuntimeError:  # torchvision's, which names neither the set nor our setting
+        raise TdcError(
+            f"{config.name} is not in {root}, or damaged; expected the folder that holds {kind.base_folder}/, or let "
+            "torchvision fetch it with data.download=true"
+        ) from None
     train, val = (Arrays(part.data, np.array(part.targets, np.int64)) for part in parts)
     return train, val, list(parts[0].classes)
 
@@ -374,7 +379,7 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise TdcError(f"cannot read {path}: {error}; expected Fashion-MNIST's files, or download: true") from None
+        raise TdcError(f"cannot read {path}: {error}; expected Fashion-MNIST's files, or data.download=true") from None
     if data[:3] != b"\0\0\x08":
         raise TdcError(f"{path} is not an IDX file of bytes; expected Fashion-MNIST's *-ubyte.gz")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(int)

@@ -38,6 +38,11 @@ class Net(nn.Sequential):
         super().__init__(nn.Sequential(*block(1, 16, 1)), body, nn.Dropout(0.1), nn.Linear(32, 10))
 
 
+class ReadsAWeight(Net):
+    def forward(self, x):
+        return super().forward(x) + 0 * self.get_submodule("1.0").weight.sum()
+
+
 class TwoOutputs(Net):
     def forward(self, x):
         return super().forward(x), x
@@ -364,6 +369,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(loader, tmp_path, monkeypatch):
             lambda loader, path: direct(TwoOutputs(), loader, eval_loader=loader),
             "the model gives a tuple; expected log",
         ),
+        (lambda loader, path: direct(ReadsAWeight(), loader), "'TuckerConv2d' object has no attribute 'weight'"),
         (lambda loader, path: direct(Net(), loader, teacher=TwoOutputs()), "the teacher gives a tuple"),
         (
             lambda loader, path: direct(Net(), loader, teacher=nn.Sequential(nn.Flatten(), nn.Linear(144, 7))),

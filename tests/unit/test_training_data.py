@@ -212,7 +212,7 @@ def test_cifar_and_fashion_mnist(tmp_path, config, monkeypatch):
     (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(b"broken")
     with pytest.raises(TdcError, match=r"cannot read .*t10k-labels"):
         read_dataset(config("fashion-mnist", raw))
-    with pytest.raises(TdcError, match=r"expected cifar10 in"):
+    with pytest.raises(TdcError, match=r"cifar10 is not in .* holds cifar-10-batches-py/, or let"):
         read_dataset(config("cifar10", tmp_path))
 
     class Packed:
@@ -246,6 +246,13 @@ def test_parts_with_other_classes(folder, config):
     os.rename(folder / "val" / "dog", folder / "val" / "wolf")
     with pytest.raises(TdcError, match=r"class mismatch: .*only in train: dog; only in val: wolf; give both"):
         read_dataset(config("imagefolder", folder))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 1), (np.uint16, 257)])
+def test_gray_images_of_8_and_16_bits_are_the_same(tmp_path, dtype, scale):
+    values = np.arange(64, dtype=dtype).reshape(8, 8) * 4
+    Image.fromarray(values * dtype(scale)).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png", 8), np.repeat(values[..., None], 3, 2))
 
 
 def test_one_class_alone_is_a_mistake(folder, config):
