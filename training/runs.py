@@ -21,7 +21,7 @@ from tdc_tvm.training.config import Config, DataConfig, RunConfig, flat, load_co
 from tdc_tvm.training.data import Dataset, read_dataset
 from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import Score, evaluate, evaluate_onnx
-from tdc_tvm.training.export import export_onnx
+from tdc_tvm.training.export import check_exporter, export_onnx
 from tdc_tvm.training.inputs import eval_mode, example_inputs, run_model
 from tdc_tvm.training.models import create_model, load_model
 from tdc_tvm.training.trainer import PhaseResult, Trainer, make_accelerator
@@ -172,6 +172,7 @@ def compress_run(
     TdcError
         For mistakes in the configuration and the data, and as `compress` and `export_onnx` say.
     """
+    check_exporter()  # rather than after hours of training
     plan = resolve_plan(model, ranks)
     apply_plan(model, plan)  # a plan for another model is refused before the data are read
     _check_folder(config, folder, resume, "compress")

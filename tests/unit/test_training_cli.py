@@ -60,7 +60,7 @@ def call(*arguments, error=None):
     return result.stdout
 
 
-def test_train_compress_evaluate(folder):
+def test_train_compress_evaluate(folder, monkeypatch):
     dense, tucker = folder / "dense", folder / "tucker"
     call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense)
     text = call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense, "--resume", "--json")
@@ -71,6 +71,9 @@ def test_train_compress_evaluate(folder):
         call("train", "-o", dense, "--resume", "--root", folder, *more, error="another configuration (they differ in")
     assert (dense / "config.yaml").read_bytes() == before
     call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 16 layer(s) that the model does not")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        call("compress", dense, "-r", folder / "plan.json", "-o", tucker, error="ONNX export needs onnxscript")
     call("compress", dense, "-r", folder / "plan.json", "-o", dense, error="the trained network lies there")
     (folder / "more.yaml").write_text("compress: {recalibration_batches: 2}\ndata: {eval_batch_size: 20}")
     more = ("-c", folder / "more.yaml")
