@@ -54,7 +54,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left:"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )

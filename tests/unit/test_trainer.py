@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import subprocess
@@ -525,3 +526,17 @@ def test_an_epochs_line_tells_of_images_left_out(capsys):
     record = {"phase": "train", "epoch": 1, "step": 4, "train_loss": 0.5, "skipped_images": 2, "val_loss": 9.0}
     Progress("train", 4, done=4).epoch(record, 3)
     assert capsys.readouterr().err == "train 1/3: train_loss 0.5, skipped_images 2\n"
+
+
+def test_a_bar_ends_with_no_time_left(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    bar = Progress("train", 2)
+    bar._bar.tasks[0].start_time -= 9
+    for _ in range(2):
+        bar.step()
+    bar.close()
+    assert "2/2 0:00:09 left: 0:00:00" in shown.getvalue()
