@@ -187,6 +187,8 @@ class Trainer:
             return PhaseResult(True, self.epoch, self.history)
         if self.folder is not None and self.accelerator.is_main_process:
             make_folder(self.folder)
+            for unfinished in self.folder.glob(".*.*.safetensors"):  # by a process that was killed
+                unfinished.unlink()
         main = self.accelerator.is_main_process
         done = self.epoch * self.steps + self.step
         log = Log(self.folder if main else None, self.history, self.run.tensorboard, done)

@@ -130,7 +130,9 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
         call("train", *settings, "--set", "train.lr=0.5", error="another process is at work in")
     assert load_config(output / "config.yaml").train.lr == 0.02
     assert not (output / "model.safetensors").exists()
+    (output / ".last.0123456789ab.safetensors").write_bytes(b"as a killed process leaves it")
     call("train", "-o", output, "--resume")
+    assert not list(output.glob(".last*"))
     assert (output / "model.safetensors").is_file()
 
 
