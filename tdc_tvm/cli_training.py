@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 # Like those of tdc_tvm.cli, which imports this module.
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE.yaml", help="Configuration; what it leaves out keeps its default."),
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE.yaml",
+        help="Configuration; what it leaves out keeps its default, or what MODEL was trained with.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -103,8 +108,8 @@ def compress_trained(
     as_json: bool,
 ) -> None:
     """Compress what ``tdc train`` wrote: the second half of ``tdc compress``, which documents the arguments."""
-    beside = config or _resumed(output, resume) or config_of(source)
-    resolved = read_config(beside, {"compress.method": method}, settings)
+    beside = _resumed(output, resume) or config_of(source)
+    resolved = read_config(config, {"compress.method": method}, settings, beside)
     from tdc_tvm.training.models import load_dense
     from tdc_tvm.training.runs import compress_run
 
@@ -148,6 +153,11 @@ def evaluate(
     if model.is_dir() and not path.is_file():
         path = model / "model.onnx"
     if not path.is_file():
+        if model.is_dir():
+            raise TdcError(
+                f"{model} has neither model.safetensors nor model.onnx: no run has ended there; continue it with "
+                "--resume, or give a checkpoint, such as best.safetensors"
+            )
         raise TdcError(f"there is no model {path}")
     values = {
         "data.name": data,
@@ -155,7 +165,7 @@ def evaluate(
         "data.holdout": holdout,
         "data.skip_corrupt": skip_corrupt or None,
     }
-    resolved = read_config(config or config_of(path), values, settings)
+    resolved = read_config(config, values, settings, config_of(path))
     from tdc_tvm.training.runs import evaluate_file
 
     scores = evaluate_file(path, resolved.data, resolved.run)
@@ -169,14 +179,18 @@ def evaluate(
 _UNFINISHED = "time is up; the same command with --resume continues"
 
 
-def read_config(path: Path | None, values: dict[str, Any], settings: list[str] | None = None) -> Config:
-    """The configuration: a file's, with the values that the command line gives (None leaves the file's)."""
+def read_config(
+    path: Path | None, values: dict[str, Any], settings: list[str] | None = None, base: Path | None = None
+) -> Config:
+    """The configuration: ``base``, over it the file, over both the command line's values (None leaves the files')."""
     _require_training()
     import yaml
 
     from tdc_tvm.training.config import Config, from_dict, load_config
 
-    config = Config() if path is None else load_config(path)
+    config = Config()
+    for file in (base, path):
+        config = config if file is None else load_config(file, config)
     for text in settings or []:
         key, separator, value = text.partition("=")
         if not separator:

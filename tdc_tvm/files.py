@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -43,7 +44,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise TdcError(f"cannot write {path}: the directory {target.parent} does not exist; create it first")
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not target.is_file():  # Path.exists() raises for names that are too long
         raise TdcError(f"cannot write {path}: it exists and is not a regular file; choose another name")
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}")
     try:
@@ -66,7 +67,8 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
             reason = f"no permission to write in {target.parent}"
         raise TdcError(f"cannot write {path}: {reason}; choose another directory or name") from error
     finally:
-        with suppress(FileNotFoundError):
+        # Not by trying: a read-only file system refuses to remove even what is not there.
+        if os.path.lexists(temporary):
             temporary.unlink()
 
 
@@ -102,6 +104,36 @@ def check_output(
             raise TdcError(f"cannot write {what} to {path}: {source} would be lost; choose another name")
     with suppress(_UntouchedError), write_atomic(path):
         raise _UntouchedError
+
+
+@contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of a folder while the body runs; a lock ends with its process, however that ends.
+
+    Raises
+    ------
+    TdcError
+        If another process holds the folder, or nothing can be written there.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise TdcError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    try:
+        # Not flock, whose locks a killed process's children keep for as long as they live.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise TdcError(
+                f"another process is at work in {folder}; wait for it or end it, or choose another folder"
+            ) from None
+        # Other errors: the file system has no locks.
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

@@ -89,8 +89,8 @@ def compress(
     teacher : nn.Module, optional
         For distillation; by default ``model`` as it is.
     folder : path, optional
-        For checkpoints and figures: ``admm/``, ``finetune/``, ``plan.json``, ``history.json`` and
-        ``model.safetensors``.
+        For ``plan.json``, ``history.json``, ``decomposition.json``, and a folder of checkpoints and figures for each
+        phase, such as ``admm/`` and ``finetune/``; the last one's ``model.safetensors`` is what comes out.
     resume : bool
         Continue what lies in ``folder``.
     deadline : float, optional
@@ -213,7 +213,11 @@ def _check_folder(root: Path, method: str, plan: DecompositionPlan, resume: bool
     if not resume:
         raise TdcError(f"{root} holds a run already; continue it with resume, or choose another folder")
     if begun != set(PHASES[method][: len(begun)]):
-        raise TdcError(f"{root} holds a run of another method than {method}; resume that, or choose another folder")
+        raise TdcError(
+            f"{root} holds a run of another method than {method}, or has lost a phase: found "
+            f"{', '.join(sorted(begun))}, expected {' and then '.join(PHASES[method])}; resume with its own method, "
+            "put the phase's folder back, or choose another folder"
+        )
     if DecompositionPlan.load(root / "plan.json").layers != plan.layers:
         raise TdcError(f"{root} holds a run with other ranks; resume with its plan.json, or choose another folder")
 

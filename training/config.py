@@ -270,8 +270,8 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def load_config(path: str | os.PathLike) -> Config:
-    """Read a configuration; what the file leaves out keeps its default.
+def load_config(path: str | os.PathLike, base: Config | None = None) -> Config:
+    """Read a configuration; what the file leaves out is as in ``base``, or keeps its default.
 
     Raises
     ------
@@ -286,7 +286,18 @@ def load_config(path: str | os.PathLike) -> Config:
         raise TdcError(f"cannot read the configuration {path}: {error}") from None
     except yaml.YAMLError as error:
         raise TdcError(f"{path} is not valid YAML: {error}") from None
-    return from_dict(Config, data or {}, str(path))
+    data = data or {}
+    tree = _merge(asdict(base or Config()), data) if isinstance(data, Mapping) else data
+    return from_dict(Config, tree, str(path))
+
+
+def _merge(base: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested data with the values of ``data`` in place of those of ``base``; empty sections leave them."""
+    result = dict(base)
+    for key, value in data.items():
+        section = isinstance(base.get(key), dict) and (value is None or isinstance(value, Mapping))
+        result[key] = _merge(base[key], value or {}) if section else value
+    return result
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:

@@ -112,6 +112,8 @@ def read_dataset(config: DataConfig) -> Dataset:
     if not config.root or not root.is_dir():
         raise TdcError(f"the data set's folder {config.root or '(none given)'} does not exist; say where it is (root)")
     train, val, classes = source.read(config, root)
+    if len(classes) < 2:
+        raise TdcError(f"{root} has one class, {classes[0]!r}; expected two or more (train/CLASS/* of an image folder)")
     size = config.image_size or source.image_size
     skipped: list[str] = []
     if config.in_memory:
@@ -196,6 +198,8 @@ def open_image(path: str | os.PathLike) -> Any:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # of which Pillow's convert makes white whatever is above 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).replace(str(path), "it")
@@ -303,8 +307,9 @@ def _read_image_folder(config: DataConfig, root: Path) -> tuple[Split, Split | N
     if set(found) != set(classes):
         lost, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
         raise TdcError(
-            f"class count mismatch: train of {root} has {len(classes)} classes, val {len(found)}; "
-            f"only in train: {', '.join(lost[:5]) or 'none'}; only in val: {', '.join(extra[:5]) or 'none'}"
+            f"class mismatch: train of {root} has {len(classes)} classes, val {len(found)}; "
+            f"only in train: {', '.join(lost[:5]) or 'none'}; only in val: {', '.join(extra[:5]) or 'none'}; "
+            "give both the same folders"
         )
     return train, _files_of_classes(root / "val", classes, ""), classes
 
@@ -346,8 +351,11 @@ def _read_cifar(config: DataConfig, root: Path) -> tuple[Split, Split | None, li
     kind = torchvision.datasets.CIFAR10 if config.name == "cifar10" else torchvision.datasets.CIFAR100
     try:
         parts = [kind(root, train=train, download=config.download) for train in (True, False)]
-    except RuntimeError as error:
-        raise TdcError(f"{error}; expected {config.name} in {root}, or download: true") from None
+    except RuntimeError:  # torchvision's, which names neither the set nor our setting
+        raise TdcError(
+            f"{config.name} is not in {root}, or damaged; expected the folder that holds {kind.base_folder}/, or let "
+            "torchvision fetch it with data.download=true"
+        ) from None
     train, val = (Arrays(part.data, np.array(part.targets, np.int64)) for part in parts)
     return train, val, list(parts[0].classes)
 
@@ -371,7 +379,7 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise TdcError(f"cannot read {path}: {error}; expected Fashion-MNIST's files, or download: true") from None
+        raise TdcError(f"cannot read {path}: {error}; expected Fashion-MNIST's files, or data.download=true") from None
     if data[:3] != b"\0\0\x08":
         raise TdcError(f"{path} is not an IDX file of bytes; expected Fashion-MNIST's *-ubyte.gz")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(int)
@@ -394,7 +402,7 @@ def _read_arrays(config: DataConfig, root: Path) -> tuple[Split, Split | None, l
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise TdcError(f"there is no folder {folder}; expected the data set's layout there")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise TdcError(f"{folder} has no folders; expected one for each class")
     return names
@@ -406,7 +414,8 @@ def _files_of_classes(folder: Path, classes: Sequence[str], below: str) -> Image
     for label, name in enumerate(classes):
         part = folder / name / below
         files = sorted(entry.name for entry in os.scandir(part)) if part.is_dir() else []
-        files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+        # Names with a dot in front are others' housekeeping, such as macOS's ._cat.jpg.
+        files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")]
         if not files:
             raise TdcError(f"class {name!r} has no images: {part} is missing or empty")
         paths += [part / file for file in files]

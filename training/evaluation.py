@@ -127,7 +127,7 @@ def recalibrate(model: nn.Module, batches: Batches, count: int) -> None:
             for norm in norms:
                 norm.train()
             for images, _ in islice(batches.epoch(0), count):
-                model(images)
+                run_model(model, (images,))
 
 
 @contextmanager

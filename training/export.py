@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,10 @@ def export_onnx(
     ------
     TdcError
         If the model does not run on the example, cannot be exported, has more weights than an ONNX
-        file holds (2 GiB), differs from PyTorch in ONNX Runtime, or the file cannot be written.
+        file holds (2 GiB), differs from PyTorch in ONNX Runtime, the file cannot be written, or as `check_exporter`.
     """
     check_model(model)
+    check_exporter()
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if weight_bytes > MAX_WEIGHT_BYTES:
         raise TdcError(
@@ -102,6 +104,18 @@ def export_onnx(
     with write_atomic(path) as temporary:
         temporary.write_bytes(data)
     return proto
+
+
+def check_exporter() -> None:
+    """Refuse to export without what PyTorch's exporter needs.
+
+    Raises
+    ------
+    TdcError
+        If onnxscript is not installed.
+    """
+    if find_spec("onnxscript") is None:
+        raise TdcError("ONNX export needs onnxscript; install it with: pip install 'tdc-tvm[train]'")
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: int, dynamic_batch: bool) -> onnx.ModelProto:

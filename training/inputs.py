@@ -93,7 +93,8 @@ def run_model(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
     """
     try:
         return model(*inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
+    # A model that reads a layer's weight itself does not find it in Tucker format.
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         raise TdcError(f"the model does not run on inputs of shape {shapes}: {error}") from error
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
-from tdc_tvm.training.checkpoint import load_checkpoint, load_weights
+from tdc_tvm.training.checkpoint import load_checkpoint, load_weights, phases_begun
 from tdc_tvm.training.config import ModelConfig
 from tdc_tvm.training.decompose import apply_plan
 
@@ -110,9 +110,22 @@ def load_dense(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     TdcError
         As `load_model`, and if it is compressed.
     """
-    model, info = load_model(Path(path) / "model.safetensors" if Path(path).is_dir() else path)
+    file = Path(path)
+    if not file.exists():
+        raise TdcError(f"there is no {path}; expected the folder or a checkpoint of 'tdc train'")
+    compressed = TdcError(f"{path} is compressed already; give the dense network that it was made from")
+    if phases_begun(file) - {"", "dense"}:
+        raise compressed
+    if file.is_dir():
+        file = file / "model.safetensors"
+        if not file.is_file():
+            raise TdcError(
+                f"{path} has no model.safetensors: no run of 'tdc train' has ended there; continue it with resume, or "
+                "give a checkpoint, such as best.safetensors"
+            )
+    model, info = load_model(file)
     if info.get("plan"):
-        raise TdcError(f"{path} is compressed already; give the dense network that it was made from")
+        raise compressed
     return model, info
 
 

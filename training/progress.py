@@ -54,7 +54,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left:"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -103,6 +103,7 @@ _SHOWN = (
     "primal_relative",
     "dual_relative",
     "rho",
+    "skipped_images",
     "train_seconds",
 )
 

@@ -315,13 +315,15 @@ class RankProblem:
             dense = f"{self._dense_us:.1f} us for the original ({self.other_us:.1f} of both in fully connected layers)"
             raise TdcError(
                 f"{limit:.1f} us cannot be reached: the least predicted is {least:.1f} us, {dense}; {why};"
-                " ask for more time, or lower theta"
+                f" ask for more time{', or lower theta' if theta else ''}"
             )
         fewest = sum(float(layer.macs.min()) for layer in self.layers)
+        lower = (
+            f", or lower theta (at 0: up to {1 - fewest / total:.1%}, with layers that are no faster)" if theta else ""
+        )
         raise TdcError(
             f"{1 - limit / total:.1%} fewer MACs cannot be reached: {1 - least / total:.1%} is the most, as {why} than"
-            f" the dense convolution on {self.device} in {self.precision}; ask for fewer, or lower theta"
-            f" (at 0: up to {1 - fewest / total:.1%}, with layers that are no faster)"
+            f" the dense convolution on {self.device} in {self.precision}; ask for fewer{lower}"
         )
 
 

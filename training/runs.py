@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import onnx
 from torch import nn
 
 from tdc_tvm.errors import TdcError
+from tdc_tvm.files import lock_folder
 from tdc_tvm.training.batches import Batches, make_batches, seed_all
 from tdc_tvm.training.checkpoint import make_folder, phases_begun
 from tdc_tvm.training.compression import History, compress, resolve_plan, write_json
@@ -19,7 +21,7 @@ from tdc_tvm.training.config import Config, DataConfig, RunConfig, flat, load_co
 from tdc_tvm.training.data import Dataset, read_dataset
 from tdc_tvm.training.decompose import apply_plan
 from tdc_tvm.training.evaluation import Score, evaluate, evaluate_onnx
-from tdc_tvm.training.export import export_onnx
+from tdc_tvm.training.export import check_exporter, export_onnx
 from tdc_tvm.training.inputs import eval_mode, example_inputs, run_model
 from tdc_tvm.training.models import create_model, load_model
 from tdc_tvm.training.trainer import PhaseResult, Trainer, make_accelerator
@@ -104,7 +106,8 @@ def train(
     Raises
     ------
     TdcError
-        For mistakes in the configuration and the data, if ``folder`` holds another run, and as `Trainer.fit` says.
+        For mistakes in the configuration and the data, if ``folder`` holds another run or another process is at work
+        there, and as `Trainer.fit` says.
     """
     _check_folder(config, folder, resume, "train")
     accelerator = make_accelerator(config.run)
@@ -113,22 +116,23 @@ def train(
     model = create_model(config.model, len(data.dataset.classes), data.dataset.channels)
     with eval_mode(model):
         run_model(model, example_inputs(model, data.shape))  # images may be too small for it
-    trainer = Trainer(
-        model,
-        data.train,
-        config.train,
-        config.run,
-        accelerator,
-        folder=folder,
-        parts=data.parts,
-        info=model_info(config, data.dataset),
-        resume=resume,
-        deadline=deadline,
-        show=show,
-    )
-    _write_config(config, folder, accelerator)
-    result = trainer.fit()
-    return model.eval(), result
+    with _hold(folder, accelerator):
+        trainer = Trainer(
+            model,
+            data.train,
+            config.train,
+            config.run,
+            accelerator,
+            folder=folder,
+            parts=data.parts,
+            info=model_info(config, data.dataset),
+            resume=resume,
+            deadline=deadline,
+            show=show,
+        )
+        _write_config(config, folder, accelerator)
+        result = trainer.fit()
+        return model.eval(), result
 
 
 def compress_run(
@@ -168,46 +172,48 @@ def compress_run(
     TdcError
         For mistakes in the configuration and the data, and as `compress` and `export_onnx` say.
     """
+    check_exporter()  # rather than after hours of training
     plan = resolve_plan(model, ranks)
     apply_plan(model, plan)  # a plan for another model is refused before the data are read
     _check_folder(config, folder, resume, "compress")
     accelerator = make_accelerator(config.run)
     data = data or open_data(config.data, config.run, accelerator)
-    _write_config(config, folder, accelerator)
-    info = model_info(config, data.dataset)
-    tucker, history = compress(
-        model,
-        data.train,
-        plan,
-        eval_loader=data.parts.get("val"),
-        holdout_loader=data.parts.get("holdout"),
-        config=config.compress,
-        run=config.run,
-        folder=folder,
-        resume=resume,
-        deadline=deadline,
-        info=info,
-        show=show,
-    )
-    if not history.finished:
-        return tucker, history, {}
-    scores = {name: evaluate(tucker, part, accelerator=accelerator).to_dict() for name, part in data.parts.items()}
-    _, report = apply_plan(model, plan, example=data.shape)
-    dense = config.compress.method == "dense"
-    assert report.macs is not None
-    result = {
-        "method": config.compress.method,
-        "scores": scores,
-        "macs": [report.macs[0], report.macs[0] if dense else report.macs[1]],
-        "conv_weights": [report.params[0], report.params[0] if dense else report.params[1]],
-        "parameters": sum(parameter.numel() for parameter in tucker.parameters()),
-        "decomposition": history.decomposition,
-    }
-    if accelerator.is_main_process:
-        root = Path(folder)
-        export(tucker, info, root / "model.onnx")
-        write_json(root / "result.json", result)
-    return tucker, history, result
+    with _hold(folder, accelerator):
+        _write_config(config, folder, accelerator)
+        info = model_info(config, data.dataset)
+        tucker, history = compress(
+            model,
+            data.train,
+            plan,
+            eval_loader=data.parts.get("val"),
+            holdout_loader=data.parts.get("holdout"),
+            config=config.compress,
+            run=config.run,
+            folder=folder,
+            resume=resume,
+            deadline=deadline,
+            info=info,
+            show=show,
+        )
+        if not history.finished:
+            return tucker, history, {}
+        scores = {name: evaluate(tucker, part, accelerator=accelerator).to_dict() for name, part in data.parts.items()}
+        _, report = apply_plan(model, plan, example=data.shape)
+        dense = config.compress.method == "dense"
+        assert report.macs is not None
+        result = {
+            "method": config.compress.method,
+            "scores": scores,
+            "macs": [report.macs[0], report.macs[0] if dense else report.macs[1]],
+            "conv_weights": [report.params[0], report.params[0] if dense else report.params[1]],
+            "parameters": sum(parameter.numel() for parameter in tucker.parameters()),
+            "decomposition": history.decomposition,
+        }
+        if accelerator.is_main_process:
+            root = Path(folder)
+            export(tucker, info, root / "model.onnx")
+            write_json(root / "result.json", result)
+        return tucker, history, result
 
 
 def export(model: nn.Module, info: dict[str, Any], path: str | os.PathLike) -> None:
@@ -314,7 +320,14 @@ def _check_folder(config: Config, folder: str | os.PathLike, resume: bool, secti
         )
 
 
+def _hold(folder: str | os.PathLike, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Keep other runs out of a folder; the main process does."""
+    if not accelerator.is_main_process:
+        return nullcontext()
+    make_folder(folder)
+    return lock_folder(folder)
+
+
 def _write_config(config: Config, folder: str | os.PathLike, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        make_folder(folder)
         save_config(config, Path(folder) / "config.yaml")

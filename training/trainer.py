@@ -54,7 +54,9 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     except ModuleNotFoundError:
         raise TdcError("training needs accelerate; install it with: pip install 'tdc-tvm[train]'") from None
     # Mixed precision is the trainer's own: accelerate's would wrap the model's forward.
-    return Accelerator(cpu=run.device == "cpu", mixed_precision="no")
+    # Unless it is told of the CPU, accelerate lets processes that torchrun started there run unconnected.
+    cpu = run.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no")
 
 
 @dataclass
@@ -185,6 +187,8 @@ class Trainer:
             return PhaseResult(True, self.epoch, self.history)
         if self.folder is not None and self.accelerator.is_main_process:
             make_folder(self.folder)
+            for unfinished in self.folder.glob(".*.*.safetensors"):  # by a process that was killed
+                unfinished.unlink()
         main = self.accelerator.is_main_process
         done = self.epoch * self.steps + self.step
         log = Log(self.folder if main else None, self.history, self.run.tensorboard, done)

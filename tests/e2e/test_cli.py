@@ -34,7 +34,7 @@ def tdc(*arguments, width=100):
 
 
 def from_outside(*arguments, **environment):
-    command = [sys.executable, "-c", "from tdc_tvm.cli import app; app()", *map(str, arguments)]
+    command = [sys.executable, "-m", "tdc_tvm", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "80"} | environment
     )

@@ -1,4 +1,5 @@
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -197,6 +198,12 @@ def test_mistakes(tmp_path, model, example, message):
     with pytest.raises(TdcError, match=message):
         export_onnx(model, example, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_exporter(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(TdcError, match=r"needs onnxscript; install it with: pip install 'tdc-tvm\[train\]'"):
+        export_onnx(nn.ReLU(), (1, 2), tmp_path / "relu.onnx")
 
 
 def test_a_missing_directory(tmp_path):

@@ -1,11 +1,13 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from tdc_tvm.errors import TdcError
-from tdc_tvm.files import check_output, write_atomic
+from tdc_tvm.files import check_output, lock_folder, write_atomic
 
 
 def write_and_raise(path, error):
@@ -77,6 +79,22 @@ def test_no_permission_is_the_users_mistake(tmp_path, monkeypatch):
         pass
 
 
+def test_a_read_only_file_system_is_the_users_mistake(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "read-only", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(TdcError, match="no permission to write"), write_atomic(tmp_path / "x"):
+        pass
+
+
+def test_a_name_that_is_too_long_is_the_users_mistake(tmp_path):
+    with pytest.raises(TdcError, match="File name too long; choose another"), write_atomic(tmp_path / ("x" * 300)):
+        pass
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EFBIG, "see ulimit -f")])
 def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(tmp_path, number, message):
     with pytest.raises(TdcError, match=message):
@@ -110,3 +128,18 @@ def test_outputs_are_refused_ahead_of_the_work(tmp_path, name, message):
     check_output(tmp_path / "plan.json", "a plan", (".json", ".yaml"), sources)
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "source.json").read_text() == "old"
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path):
+    code = "import sys; from tdc_tvm.files import lock_folder\nwith lock_folder(sys.argv[1]): print(); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(TdcError, match=r"another process is at work in .*; wait for it"), lock_folder(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with lock_folder(tmp_path):
+            pass
+    with pytest.raises(TdcError, match="cannot write"), lock_folder(tmp_path / "absent"):
+        pass

@@ -127,7 +127,7 @@ def test_mistakes_leave_nothing_behind(folder, arguments, message):
     ("name", "weights", "message"),
     [
         ("resnet81", None, r"torchvision has no model 'resnet81' for classification \(did you mean .*resnet18"),
-        ("runs/dense", None, "cannot read the checkpoint runs/dense"),
+        ("runs/dense", None, "there is no runs/dense; expected the folder or a checkpoint of 'tdc train'"),
         ("net.pt", None, "net.pt is no checkpoint of 'tdc train'"),
         ("resnet18", "IMAGENET", "no weights 'IMAGENET' for resnet18; there are IMAGENET1K_V1, DEFAULT"),
         ("nowhere.models:net", None, "cannot import 'nowhere.models'"),

@@ -212,6 +212,8 @@ def test_the_front_falls_from_the_original_to_the_fastest():
         ({"max_error": 1.0, "objective": "flops"}, "found the objective 'flops'; use 'latency' or 'macs'"),
         ({"latency_us": 30, "objective": "macs"}, "know no latency; give mac_reduction or max_error"),
         ({"latency_us": 5.0}, r"5.0 us cannot be reached: the least predicted is \d+.\d us, 43.0 us for the original"),
+        ({"latency_us": 5.0, "theta": 0.0}, "ask for more time$"),
+        ({"mac_reduction": 0.999, "theta": 0.0}, "ask for fewer$"),
         (
             {"mac_reduction": 0.95, "theta": 0.3},
             r"95.0% fewer MACs cannot be reached: [\d.]+% is the most, as \d of 4 layers with a Tucker form have ranks"

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from tdc_tvm.training.checkpoint import load_checkpoint
 from tdc_tvm.training.config import CompressConfig, Config, PhaseConfig, RunConfig, from_dict, load_config, save_config
 from tdc_tvm.training.evaluation import recalibrate
 from tdc_tvm.training.models import create_model, load_weights
+from tdc_tvm.training.progress import Progress
 from tdc_tvm.training.trainer import Trainer, learning_rate, make_accelerator
 
 RUN = RunConfig(device="cpu", tensorboard=False, log_steps=4)
@@ -35,6 +37,11 @@ class Net(nn.Sequential):
 
         body = nn.Sequential(*block(16, 32, 2), *block(32, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         super().__init__(nn.Sequential(*block(1, 16, 1)), body, nn.Dropout(0.1), nn.Linear(32, 10))
+
+
+class ReadsAWeight(Net):
+    def forward(self, x):
+        return super().forward(x) + 0 * self.get_submodule("1.0").weight.sum()
 
 
 class TwoOutputs(Net):
@@ -363,6 +370,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(loader, tmp_path, monkeypatch):
             lambda loader, path: direct(TwoOutputs(), loader, eval_loader=loader),
             "the model gives a tuple; expected log",
         ),
+        (lambda loader, path: direct(ReadsAWeight(), loader), "'TuckerConv2d' object has no attribute 'weight'"),
         (lambda loader, path: direct(Net(), loader, teacher=TwoOutputs()), "the teacher gives a tuple"),
         (
             lambda loader, path: direct(Net(), loader, teacher=nn.Sequential(nn.Flatten(), nn.Linear(144, 7))),
@@ -403,7 +411,11 @@ def test_a_folder_of_another_run_stays_as_it_is(loader, tmp_path):
     for plan, more, message in (
         (other, {}, "holds a run already"),
         (other, {"resume": True}, "holds a run with other ranks"),
-        (PLAN, {"resume": True, "config": replace(config, method="dense")}, "a run of another method than dense"),
+        (
+            PLAN,
+            {"resume": True, "config": replace(config, method="dense")},
+            "a run of another method than dense, or has lost a phase: found",
+        ),
         (PLAN, {"resume": True, "config": replace(config, method="admm")}, "a run of another method than admm"),
     ):
         with pytest.raises(TdcError, match=message):
@@ -501,6 +513,30 @@ def test_configurations_come_back_from_their_files_and_mistakes_are_named(tmp_pa
     ):
         with pytest.raises(TdcError, match=message):
             from_dict(Config, data, "here")
+    (tmp_path / "part.yaml").write_text("data:\ncompress: {admm: , finetune: {epochs: 3}}")
+    mine = load_config(tmp_path / "part.yaml", config)
+    assert mine.compress.finetune == replace(config.compress.finetune, epochs=3)
+    assert replace(mine, compress=config.compress) == config
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(TdcError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+
+
+def test_an_epochs_line_tells_of_images_left_out(capsys):
+    record = {"phase": "train", "epoch": 1, "step": 4, "train_loss": 0.5, "skipped_images": 2, "val_loss": 9.0}
+    Progress("train", 4, done=4).epoch(record, 3)
+    assert capsys.readouterr().err == "train 1/3: train_loss 0.5, skipped_images 2\n"
+
+
+def test_a_bar_ends_with_no_time_left(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    bar = Progress("train", 2)
+    bar._bar.tasks[0].start_time -= 9
+    for _ in range(2):
+        bar.step()
+    bar.close()
+    assert "2/2 0:00:09 left: 0:00:00" in shown.getvalue()

@@ -1,7 +1,9 @@
 import importlib.util
 import io
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tdc_tvm import cli
 from tdc_tvm.errors import TdcError
 from tdc_tvm.plan import DecompositionPlan
 from tdc_tvm.training import load_model
+from tdc_tvm.training.config import load_config
 from tdc_tvm.training.data import Arrays, load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +60,7 @@ def call(*arguments, error=None):
     return result.stdout
 
 
-def test_train_compress_evaluate(folder):
+def test_train_compress_evaluate(folder, monkeypatch):
     dense, tucker = folder / "dense", folder / "tucker"
     call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense)
     text = call("train", "-c", folder / "config.yaml", "--root", folder, "--seed", 3, "-o", dense, "--resume", "--json")
@@ -68,10 +71,20 @@ def test_train_compress_evaluate(folder):
         call("train", "-o", dense, "--resume", "--root", folder, *more, error="another configuration (they differ in")
     assert (dense / "config.yaml").read_bytes() == before
     call("compress", dense, "-r", "resnet50", "-o", folder / "wrong", error="names 16 layer(s) that the model does not")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        call("compress", dense, "-r", folder / "plan.json", "-o", tucker, error="ONNX export needs onnxscript")
     call("compress", dense, "-r", folder / "plan.json", "-o", dense, error="the trained network lies there")
-    result = json.loads(call("compress", dense, "-r", folder / "plan.json", "-o", tucker, "--json"))
+    (folder / "more.yaml").write_text("compress: {recalibration_batches: 2}\ndata: {eval_batch_size: 20}")
+    more = ("-c", folder / "more.yaml")
+    result = json.loads(call("compress", dense, "-r", folder / "plan.json", *more, "-o", tucker, "--json"))
+    ours, theirs = load_config(tucker / "config.yaml"), load_config(dense / "config.yaml")
+    assert ours.compress == replace(theirs.compress, recalibration_batches=2)
+    assert ours.data == replace(theirs.data, eval_batch_size=20)
+    assert json.loads(call("evaluate", dense, *more, "--json"))["val"]["count"] == 20
     assert result["macs"][1] < result["macs"][0]
-    call("compress", tucker / "finetune", "-r", "8,8", "-o", folder / "twice", error="compressed already")
+    for path in (tucker, tucker / "finetune"):
+        call("compress", path, "-r", "8,8", "-o", folder / "twice", error="compressed already")
     before = [(tucker / name).read_bytes() for name in ("config.yaml", "plan.json")]
     other = ("compress", dense, "-o", tucker, "--set", "compress.finetune.lr=1")
     call(*other, "-r", "8,8", error="holds a run already")
@@ -110,8 +123,16 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
     settings = ("-c", folder / "config.yaml", "--root", folder, "-o", output)
     text = call("train", *settings, "--budget", 0)
     assert "--resume continues" in text
+    code = "import sys; from tdc_tvm.files import lock_folder\nwith lock_folder(sys.argv[1]): print(); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        call("train", *settings, "--set", "train.lr=0.5", error="another process is at work in")
+    assert load_config(output / "config.yaml").train.lr == 0.02
     assert not (output / "model.safetensors").exists()
+    (output / ".last.0123456789ab.safetensors").write_bytes(b"as a killed process leaves it")
     call("train", "-o", output, "--resume")
+    assert not list(output.glob(".last*"))
     assert (output / "model.safetensors").is_file()
 
 
@@ -154,7 +175,9 @@ def test_a_budget_ends_a_run_that_resume_continues(folder):
             ),
             "does not run on inputs of shape (1, 3, 32, 32)",
         ),
-        (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "cannot read the checkpoint"),
+        (("compress", "{folder}/none", "-r", "8,8", "-o", "{folder}/x"), "expected the folder or a checkpoint of"),
+        (("compress", "{folder}", "-r", "8,8", "-o", "{folder}/x"), "has no model.safetensors: no run of 'tdc train'"),
+        (("evaluate", "{folder}"), "has neither model.safetensors nor model.onnx: no run has ended there"),
         (
             ("compress", "a.onnx", "-r", "8,8", "-o", "b.onnx", "--method", "admm"),
             "--method is for what 'tdc train' wrote",

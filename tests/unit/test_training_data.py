@@ -1,5 +1,6 @@
 import gzip
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_cifar_and_fashion_mnist(tmp_path, config, monkeypatch):
     (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(b"broken")
     with pytest.raises(TdcError, match=r"cannot read .*t10k-labels"):
         read_dataset(config("fashion-mnist", raw))
-    with pytest.raises(TdcError, match=r"expected cifar10 in"):
+    with pytest.raises(TdcError, match=r"cifar10 is not in .* holds cifar-10-batches-py/, or let"):
         read_dataset(config("cifar10", tmp_path))
 
     class Packed:
@@ -243,8 +244,30 @@ def test_incomplete_tiny_imagenet(tiny, config, change, message):
 
 def test_parts_with_other_classes(folder, config):
     os.rename(folder / "val" / "dog", folder / "val" / "wolf")
-    with pytest.raises(TdcError, match=r"class count mismatch: .*only in train: dog; only in val: wolf"):
+    with pytest.raises(TdcError, match=r"class mismatch: .*only in train: dog; only in val: wolf; give both"):
         read_dataset(config("imagefolder", folder))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 1), (np.uint16, 257)])
+def test_gray_images_of_8_and_16_bits_are_the_same(tmp_path, dtype, scale):
+    values = np.arange(64, dtype=dtype).reshape(8, 8) * 4
+    Image.fromarray(values * dtype(scale)).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png", 8), np.repeat(values[..., None], 3, 2))
+
+
+def test_one_class_alone_is_a_mistake(folder, config):
+    for part in ("train", "val"):
+        shutil.rmtree(folder / part / "dog")
+    with pytest.raises(TdcError, match="one class, 'cat'; expected two or more"):
+        read_dataset(config("imagefolder", folder))
+
+
+def test_hidden_files_and_folders_are_no_data(folder, config):
+    before = read_dataset(config("imagefolder", folder))
+    write_image(folder / "train" / ".ipynb_checkpoints" / "0.jpg", 1)
+    (folder / "train" / "cat" / "._0.jpg").write_bytes(b"what macOS leaves")
+    after = read_dataset(config("imagefolder", folder))
+    assert (after.classes, after.train.paths) == (before.classes, before.train.paths)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tdc_tvm.training.data import read_dataset
 from tdc_tvm.training.trainer import make_accelerator
 
 root = Path({root!r})
-run = RunConfig(device="cpu", tensorboard=False, checkpoint_steps=2)
+run = RunConfig(tensorboard=False, checkpoint_steps=2)
 accelerator = make_accelerator(run)
 rank, world = accelerator.process_index, accelerator.num_processes
 data = DataConfig("arrays", str(root), batch_size=12, eval_batch_size=16, mean=[0.5], std=[0.25], padding=1)
@@ -98,9 +98,9 @@ def ranks(tmp_path_factory):
     script = root / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), root=str(root)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    # The device is chosen, as a user's is who has no GPU.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
 
