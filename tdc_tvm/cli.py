@@ -220,7 +220,6 @@ def build(
         int | None,
         typer.Option(
             "--tune-rest",
-            min=0,
             metavar="TRIALS",
             help="Let MetaSchedule tune all but our operators here, so often for each; 0: take what it has found.",
         ),
