@@ -164,7 +164,7 @@ class Fake:
     """A compiled model that gives what it is told."""
 
     def __init__(self, compiled, result):
-        self.entries, self.run = compiled.entries, lambda *values: result
+        self.entries, self.filled_up, self.run = compiled.entries, compiled.filled_up, lambda *values: result
 
 
 @pytest.mark.parametrize(
