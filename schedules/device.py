@@ -141,7 +141,7 @@ class DeviceSpec:
         """
         kind = target.kind.name
         if kind == "llvm":
-            return _cpu(str(target.attrs.get("mcpu", "generic")), cpu_threads())
+            return cpu_spec(str(target.attrs.get("mcpu", "generic")), cpu_threads())
         if kind == "cuda":
             arch = str(target.attrs["arch"])
             specs: dict[str, DeviceSpec] = {}
@@ -246,7 +246,7 @@ GPUS = {
 
 
 @functools.cache
-def _cpu(mcpu: str, threads: int) -> DeviceSpec:
+def cpu_spec(mcpu: str, threads: int) -> DeviceSpec:
     """A CPU: vector width from LLVM's feature list; the rest typical of a server core at 2.5 GHz."""
     features = set(tvm.target.codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu})))
     vector_bytes = 64 if "avx512f" in features else 32 if "avx2" in features else 16

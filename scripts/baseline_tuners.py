@@ -167,7 +167,7 @@ def time_layer(library: str, shape: ConvShape, layout: str, device: DeviceSpec, 
     import tvm
 
     from tdc_tvm.cuda_toolchain import load_cuda_runtime
-    from tdc_tvm.measure import Case, _clock
+    from tdc_tvm.measure import Case, make_clock
     from tdc_tvm.schedules.device import use_cpu_threads
     from tdc_tvm.schedules.shape import stages_of
 
@@ -197,7 +197,7 @@ def time_layer(library: str, shape: ConvShape, layout: str, device: DeviceSpec, 
 
     launch()
     case.check(value.numpy().transpose(np.argsort(order)))
-    return _clock(device, seconds)(launch)
+    return make_clock(device, seconds)(launch)
 
 
 def build_and_time(

@@ -196,7 +196,7 @@ def _work(connection: Connection, target: str, device: DeviceSpec, seconds: floa
             case = Case.of(shape)
             built = build_kernels(case, target, device, configs)
             connection.send("")
-            clock = clock or _clock(device, seconds)
+            clock = clock or make_clock(device, seconds)
             for config, kernel in zip(configs, built, strict=True):
                 try:
                     result = Measurement(config, tuple(_run(case, kernel, device, clock)), kernel.error)
@@ -386,7 +386,7 @@ def checked_arguments(case: Case, kernel: BuiltKernel, function: Any, place: Any
     return [*inputs, *outputs]
 
 
-def _clock(device: DeviceSpec, seconds: float) -> Clock:
+def make_clock(device: DeviceSpec, seconds: float) -> Clock:
     """What takes the times of a launch."""
     if device.kind == "cuda":
         from tdc_tvm.probe import Stream

@@ -34,7 +34,7 @@ from tvm.target import Target
 
 from tdc_tvm.cuda_toolchain import cuda_compiler, load_cuda_runtime
 from tdc_tvm.errors import TdcError
-from tdc_tvm.measure import Clock, _clock
+from tdc_tvm.measure import Clock, make_clock
 from tdc_tvm.quiet import without_chatter
 from tdc_tvm.relay_passes.tune_rest import BUILD_CONFIG
 from tdc_tvm.schedules.device import DeviceSpec, cpu_threads, use_cpu_threads
@@ -417,7 +417,7 @@ def _evaluate(
 
 @functools.cache
 def _clock_of(device: DeviceSpec, seconds: float) -> Clock:
-    return _clock(device, seconds)
+    return make_clock(device, seconds)
 
 
 @derived_object

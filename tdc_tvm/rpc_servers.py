@@ -14,7 +14,7 @@ from tvm.target import Target
 import tdc_tvm
 from tdc_tvm.cuda_toolchain import cuda_version
 from tdc_tvm.errors import TdcError
-from tdc_tvm.schedules.device import DeviceSpec, _cpu
+from tdc_tvm.schedules.device import DeviceSpec, cpu_spec
 from tdc_tvm.targets import gpu_arch, gpu_name, resolve_target
 from tdc_tvm.tuning import Machine
 
@@ -198,7 +198,7 @@ class Server:
         if self.kind == "llvm":
             built_for = resolve_target(Target({"kind": "llvm", "mcpu": self.arch}))
             # `DeviceSpec.from_target` would count this machine's cores.
-            device = _cpu(self.arch, self.cores)
+            device = cpu_spec(self.arch, self.cores)
             return Machine(str(built_for), device, device.name, versions)
         arch = self.arch if target == "cuda" else target
         if arch not in (self.arch, self.arch.rstrip("a")):
